@@ -1,0 +1,54 @@
+# Everything a person does with ctxnb, in one place. `make help` lists the targets.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN    := .venv/bin
+RUNS   := $(or $(CTXNB_RUNS),data/runs)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help setup run site lab test export readme check
+help:        ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: .venv/.ready  ## make .venv from requirements.lock and install ctxnb into it
+
+.venv/.ready: requirements.lock settings.ini setup.py
+	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), f"Python 3.11 is needed, {sys.executable} is {sys.version.split()[0]}; say make PYTHON=/path/to/python3.11"'
+	$(PYTHON) -m venv .venv || { echo "python's venv module is missing: on Debian, apt install python3-venv"; exit 1; }
+	$(BIN)/pip install -q -r requirements.lock
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+run: .venv/.ready  ## run the quick grids, build the site, print the answer (about 10 minutes the first time)
+	@for grid in data/grids/quick/*.toml; do \
+	  table=$(RUNS)/tables/$$(basename $$grid .toml)-quick.parquet; \
+	  $(BIN)/ctxnb run $$grid && mkdir -p $(RUNS)/tables && $(BIN)/ctxnb results $$grid -o $$table || exit 1; \
+	done
+	@$(MAKE) --no-print-directory site
+	@$(BIN)/ctxnb best $(RUNS)/tables/train-quick.parquet
+	@echo "The pages: site/index.html"
+
+site: .venv/.ready  ## rebuild the site from the notebooks and the tables at hand
+	$(BIN)/python docs/build.py
+
+lab: .venv/.ready  ## open JupyterLab on nbs/
+	cd nbs && ../$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root)
+
+test: .venv/.ready  ## run the cells of all notebooks, then the tests
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest tests
+
+export: .venv/.ready  ## write ctxnb/*.py and README.md from the notebooks, and clean the notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	@$(MAKE) --no-print-directory readme
+
+# The code of the index is for the page; links in it are relative to nbs/.
+readme: .venv/.ready
+	@$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --no-input --output-dir . --output README \
+	  --NbConvertApp.output_files_dir=docs/readme nbs/index.ipynb
+	@sed -i -E 's#\]\(([a-z_/]+\.ipynb)\)#](nbs/\1)#g' README.md
+
+check: .venv/.ready  ## fail on export drift, uncleaned notebooks, lost parameters tags, notebooks over 300 kB
+	@$(MAKE) --no-print-directory export
+	@git diff --exit-code --stat || { echo "the notebooks and what is made from them differ: run make export, commit"; exit 1; }
+	@! find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -size +300k | grep . || { echo "is over 300 kB: clear or shrink its outputs"; exit 1; }
+	@for template in nbs/runs/*.ipynb; do $(BIN)/python -c "import sys; from ctxnb.batch.grid import read_template; read_template(sys.argv[1])" $$template || exit 1; done

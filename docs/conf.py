@@ -1,0 +1,158 @@
+"""Sphinx settings of the site. `docs/build.py` prepares the sources and calls Sphinx with this file."""
+
+import re
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+from docutils import nodes
+from myst_parser.mdit_to_docutils.base import make_document
+from myst_parser.mocking import MockRSTParser
+from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.nodes import make_refnode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # autodoc reads this project's modules, whatever else is installed
+
+settings = ConfigParser(delimiters=["="])
+settings.read(ROOT / "settings.ini", encoding="utf-8")
+
+project = settings["DEFAULT"]["title"]
+author = settings["DEFAULT"]["author"]
+copyright = settings["DEFAULT"]["copyright"]
+version = release = settings["DEFAULT"]["version"]
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx.ext.mathjax",
+]
+
+# notebooks: shown as they were run, never run by Sphinx
+nb_execution_mode = "off"
+nb_output_stderr = "remove"  # progress bars and warnings that name this machine's folders
+nb_merge_streams = True
+nb_code_prompt_show = "Show code"
+nb_code_prompt_hide = "Hide code"
+nb_ipywidgets_js = {}  # the default is a script of somebody else's server
+myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath", "html_image"]
+myst_heading_anchors = 3
+myst_dmath_double_inline = True
+numfig = True
+math_number_all = True
+math_numfig = True
+math_eqref_format = "Eq. {number}"
+
+# docstrings: Google style, single backticks for code
+default_role = "literal"
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes in the class's text: no second description of the same name
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # a default that is a folder stays an expression, not this machine's path
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 80
+add_module_names = False
+
+# MathJax from the page's own folder; `docs/build.py` puts it there
+mathjax_path = "mathjax/tex-chtml-full.js"
+mathjax3_config = {"options": {"enableMenu": False}}  # the menu's extras are files that are not shipped
+
+html_theme = "sphinx_book_theme"
+html_title = project
+html_static_path = ["_static", str(ROOT / "_proc" / "static")]
+html_css_files = ["ctxnb.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_show_sphinx = False
+html_show_search_summary = False  # fetched page by page, which a browser refuses under file://
+html_theme_options = {
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "home_page_in_toc": True,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "navbar_persistent": [],  # the search field stands in the sidebar
+}
+
+# name -> (page, anchor) of what the modules export; set by docs/build.py
+exported_names: dict[str, tuple[str, str]] = {}
+
+
+class ReStructuredText(SphinxDirective):
+    """reST in a notebook, for autodoc.
+
+    MyST's own `eval-rst` puts an empty line before it for every line of the file, and MyST-NB counts 10,000
+    lines a cell: an entry in cell 30 would be parsed behind 300,000 empty lines.
+    """
+
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        parsed = make_document(self.state.document["source"])
+        parsed.settings = self.state.document.settings
+        parsed.reporter = self.state.document.reporter
+        MockRSTParser().parse("\n".join(self.content), parsed)
+        return parsed.children
+
+
+class LinkExportedNames(SphinxPostTransform):
+    """Inline code that is the name of an exported function or class links to its reference."""
+
+    default_priority = 900
+
+    def run(self, **kwargs) -> None:
+        for literal in list(self.document.findall(nodes.literal)):
+            text = literal.astext()
+            name = text.removesuffix("()")
+            # `loss` or `plan` is mostly a word, `bayes_risk`, `FitResult` or `plan()` is a name
+            if name not in self.config.exported_names or not (name != text or re.search("[_A-Z.]", name)):
+                continue
+            if any(isinstance(p, (nodes.reference, nodes.title)) for p in _ancestors(literal)):
+                continue
+            page, anchor = self.config.exported_names[name]
+            if page != self.env.docname:
+                link = make_refnode(self.app.builder, self.env.docname, page, anchor, literal.deepcopy())
+                literal.replace_self(link)
+
+
+def _ancestors(node: nodes.Node):
+    while node.parent is not None:
+        node = node.parent
+        yield node
+
+
+def escape_markup(app, what, name, obj, options, lines: list[str]) -> None:
+    """Docstrings are plain text with `code` and $formulas$: what else reST takes for markup is escaped."""
+    for i, line in enumerate(lines):
+        # as a field: napoleon would take what stands before a colon for the type, which the signature has
+        if line.strip() in ("Returns:", "Yields:") and i + 1 < len(lines):
+            lines[i], lines[i + 1] = "", f":{line.strip().lower()} {lines[i + 1].strip()}"
+    for i, line in enumerate(lines):
+        line = re.sub(
+            r"\{(eq|numref|ref|doc|math)\}(?=`)", r":\1:", line
+        )  # MyST's roles, as in the notebooks
+        parts = re.split(r"(``[^`]+``|^:\w+:|:\w+:`[^`]+`|`[^`]+`|\$[^$]+\$)", line)
+        for j, part in enumerate(parts):
+            if j % 2 == 0:
+                part = re.sub(r"\*(?=\S)|(?<=\S)\*", r"\*", part)
+                part = re.sub(r"\|(?=\S)|(?<=\S)\|", r"\|", part)
+                part = re.sub(r"(?<=\w)_(?!\w)", r"\_", part)
+                part = re.sub(r"^(?=\w)", "\\ ", part) if j else part  # `unit`s: text may touch code
+                part = re.sub(r"(?<=\w)$", "\\ ", part) if j + 1 < len(parts) else part
+            elif part.startswith("$"):
+                part = f":math:`{part[1:-1]}`"
+            parts[j] = part
+        lines[i] = "".join(parts)
+
+
+def setup(app) -> None:
+    app.set_html_assets_policy("always")  # a title with a formula stands in every page's sidebar
+    app.add_config_value("exported_names", {}, "", [dict])
+    app.add_directive("rst", ReStructuredText)
+    app.add_post_transform(LinkExportedNames)
+    app.connect("autodoc-process-docstring", escape_markup, priority=100)  # before napoleon

