@@ -244,7 +244,7 @@ def test_more_data_never_shortens_an_interior_optimum(world, more):
     assert optimal_context(law, tokens * more).context_length >= here.context_length * (1 - 1e-9)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(calm, max_examples=100)
 @given(world=worlds(), beyond=st.floats(1.02, 3))
 def test_beyond_the_critical_size_there_is_no_interior_optimum(world, beyond):
     law, _ = world
