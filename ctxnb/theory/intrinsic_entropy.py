@@ -265,7 +265,7 @@ def kozachenko_leonenko_entropy(
         ValueError: dimension is not positive, or as `neighbour_distances`.
 
     Source: Kozachenko & Leonenko, Problems of Information Transmission 23 (1987) 95; Kraskov et al.,
-        Physical Review E 69 (2004) 066138; {eq}`eq-kl`.
+    Physical Review E 69 (2004) 066138; {eq}`eq-kl`.
     """
     if dimension is not None and not 0 < dimension < np.inf:
         raise ValueError(f"dimension must be positive and finite, got {dimension}")

@@ -140,7 +140,7 @@ def optimal_dimension(law: ContextLaw, train_tokens: float) -> float | None:
     Returns:
         m*, or None where the loss falls for all lengths.
 
-    Source: equations eq-roots and eq-local.
+    Source: {eq}`eq-roots` and {eq}`eq-local`.
     """
     x = law.data_coordinate(train_tokens)
     kappa = x / law.reach
@@ -164,7 +164,7 @@ def optimal_context(law: ContextLaw, train_tokens: float, shortest: float = 1.0)
     Raises:
         ValueError: D not above 1, or `shortest` below 1.
 
-    Source: equations eq-optimum and eq-global.
+    Source: {eq}`eq-optimum` and {eq}`eq-global`.
     """
     if not shortest >= 1:
         raise ValueError(f"shortest is {shortest}: expected at least 1 token")
@@ -219,7 +219,7 @@ def critical_coordinate(reach: float) -> float:
     Raises:
         ValueError: rho is not positive.
 
-    Source: equations eq-critical and eq-global.
+    Source: {eq}`eq-critical` and {eq}`eq-global`.
     """
     if not reach > 0:
         raise ValueError(f"reach is {reach}: expected a number above 0")
@@ -252,7 +252,7 @@ def critical_tokens(law: ContextLaw) -> float:
     Returns:
         Tokens; 1 where no data size has a finite optimum, infinite where it overflows.
 
-    Source: equation eq-critical.
+    Source: {eq}`eq-critical`.
     """
     exponent = law.dimension * critical_coordinate(law.reach) / law.rate
     return float(np.exp(exponent)) if exponent < 700 else np.inf
@@ -274,7 +274,7 @@ def amplitude_optimum(
     Returns:
         l*, tokens; infinite where `growth` is 0.
 
-    Source: equation eq-amplitude.
+    Source: {eq}`eq-amplitude`.
     """
     if growth == 0:
         return np.inf

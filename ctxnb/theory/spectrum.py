@@ -282,7 +282,7 @@ def oas_weight(eigenvalues: np.ndarray, n_samples: int) -> float:
         ValueError: n_samples below 2, constant features, or bad eigenvalues.
 
     Source: Chen, Wiesel, Eldar & Hero, IEEE Trans. Signal Processing 58 (2010) 5016, eq. 23, in the
-        form of scikit-learn's `OAS`.
+    form of scikit-learn's `OAS`.
     """
     values = _checked_spectrum(eigenvalues)
     if n_samples < 2:

@@ -119,7 +119,7 @@ def flops_per_token(layers: int, width: int, vocab_size: int, context_length: in
         12 layers width x the mean number of visible tokens, (l + 1) / 2, for attention scores and averages.
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B, with the half of the scores that the causal mask hides
-        left out.
+    left out.
     """
     matrices = layers * 12 * width**2 + vocab_size * width
     return 6 * matrices + 12 * layers * width * (context_length + 1) / 2
