@@ -248,6 +248,48 @@ def machine_folders() -> dict[str, str]:
     return {k: folders[k] for k in sorted(folders, key=len, reverse=True) if len(Path(k).parts) > 1}
 
 
+def tables_of(path: Path) -> dict[str, Path]:
+    """Parameter -> committed results table, of those that the parameters cell of a result notebook names."""
+    found = {}
+    for cell in read_notebook(path).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            for line in ast.parse(cell.source).body:
+                match line:
+                    case (
+                        ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str(value)))
+                        | ast.AnnAssign(target=ast.Name(id=name), value=ast.Constant(value=str(value)))
+                    ) if re.fullmatch(r"data/results/[^/]+\.parquet", value):
+                        found[name] = ROOT / value
+    return found
+
+
+def note_provenance(nb: nbformat.NotebookNode, tables: Iterable[Path]) -> list[str]:
+    """Say below a page's title what its tables were made from, with a banner where that no longer holds.
+
+    Returns:
+        What is wrong, a line for each table.
+    """
+    from freshness import provenance
+
+    lines, wrong = [], []
+    for table in tables:
+        made_from, complaints = provenance(table, ROOT)
+        if made_from:
+            lines.append(f"`{shown(table)}`: {made_from}")
+        if complaints:
+            wrong.append(f"{shown(table)}: {'; '.join(complaints)}")
+    notes = []
+    if wrong:
+        banner = "\n".join(f"- {line}" for line in wrong)
+        notes.append(f":::{{warning}}\n**Stale or incomplete.** This page shows what was recorded, but:\n\n{banner}\n:::")
+    if lines:
+        listed = "\n".join(f"- {line}" for line in lines)
+        notes.append(f":::{{admonition}} Made from\n:class: note dropdown\n\n{listed}\n:::")
+    if notes:
+        nb.cells.insert(1, new_markdown_cell("\n\n".join(notes)))
+    return wrong
+
+
 def run_results(path: Path, tables: dict[str, Path], code: str) -> Path:
     """A result notebook, executed on the fresh tables that it reads; itself where there is none.
 
@@ -258,18 +300,7 @@ def run_results(path: Path, tables: dict[str, Path], code: str) -> Path:
     """
     import papermill
 
-    fresh = {}
-    for cell in read_notebook(path).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            for line in ast.parse(cell.source).body:
-                match line:
-                    case (
-                        ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str(value)))
-                        | ast.AnnAssign(target=ast.Name(id=name), value=ast.Constant(value=str(value)))
-                    ):
-                        table = re.fullmatch(r"data/results/([^/]+)\.parquet", value)
-                        if table and table[1] in tables:
-                            fresh[name] = tables[table[1]]
+    fresh = {name: tables[table.stem] for name, table in tables_of(path).items() if table.stem in tables}
     if not fresh:
         return path
     inputs = [path, *fresh.values()]
@@ -537,6 +568,8 @@ def prepare() -> dict[str, str]:
         nb = process(run_results(path, tables, code) if is_result else path)
         if is_result:
             fold_code(nb)
+            for line in note_provenance(nb, [tables.get(t.stem, t) for t in tables_of(path).values()]):
+                print(f"site: stale or incomplete: {shown(path)}: {line}", flush=True)
         unlink_missing(nb, runs)
         if page == "index":
             nb.cells.append(new_markdown_cell(toctrees(sections, bool(modules))))
