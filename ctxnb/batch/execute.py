@@ -27,6 +27,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import SoftFileLease, Timeout
 
 from .code import code_version, git_commit, package_versions
@@ -368,8 +369,6 @@ class _Guard:
 
 def _memory_gb() -> float:
     """Resident memory of this process and what it started, in GB."""
-    import psutil  # not for `ctxnb status`
-
     total, own = 0, psutil.Process()
     for process in [own, *own.children(recursive=True)]:
         try:
@@ -381,8 +380,6 @@ def _memory_gb() -> float:
 
 def _end_process(why: str) -> None:
     """End this process and what it started, at once: a kernel must not outlive the run it belongs to."""
-    import psutil
-
     print(f"ended: {why}", file=sys.stderr, flush=True)
     for child in psutil.Process().children(recursive=True):
         child.kill()

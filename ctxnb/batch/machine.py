@@ -101,7 +101,7 @@ def places_for(
         if each:
             workers = min(workers, len(there) // each)
     share = resources.cpus or len(cores) // workers
-    what = hardware(gpus)
+    what = hardware(gpus[: resources.gpus or None])  # the GPUs of one machine are of one kind
     return [
         Place(tuple(cores[i * share : (i + 1) * share]),
               tuple(gpus[i * resources.gpus : (i + 1) * resources.gpus]) if resources.gpus else None, what)

@@ -217,7 +217,7 @@ def cancel(
     """
     wanted = {state.run.id: state for state in planned.states if state.state in ("queued", "running")}
     jobs = {job.id for run, job in queued_runs(planned.runs).items() if run in wanted}
-    jobs |= {state.status["job"] for state in wanted.values() if (state.status or {}).get("job")}
+    jobs |= {state.status["job"] for state in wanted.values() if state.state == "running" and (state.status or {}).get("job")}
     if jobs:
         try:
             subprocess.run(["scancel", *sorted(jobs)], check=True, capture_output=True, text=True)
