@@ -6,6 +6,7 @@ that many faults fit in little time; its result is a pure function of the parame
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -67,6 +68,10 @@ class Project:
         """Run id -> modification time of its result, of the finished runs."""
         return {p.parent.name: p.stat().st_mtime_ns for p in self.runs.glob("work-*/result.json")
                 if not p.parent.name.endswith(".partial")}
+
+    def seconds(self) -> float:
+        """Median duration of the finished runs."""
+        return statistics.median(json.loads(p.read_text())["seconds"] for p in self.runs.glob("work-*/status.json"))
 
     def wait_for(self, number: int) -> None:
         deadline = time.monotonic() + 60

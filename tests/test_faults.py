@@ -77,7 +77,7 @@ class FaultProject(Project):
 
 
 def ended(launcher: subprocess.Popen) -> tuple[int, str]:
-    out, err = launcher.communicate(timeout=60)
+    out, err = launcher.communicate(timeout=120)
     return launcher.returncode, out + err
 
 
@@ -211,11 +211,14 @@ def clock_goes_back(project):
     now.write_text("+0")
     environment = os.environ | {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(now), "FAKETIME_NO_CACHE": "1",
                                 "FAKETIME_DONT_FAKE_MONOTONIC": "1", "CTXNB_LEASE_SECONDS": "3"}
-    project.axes("timeout_minutes = 0.5", seconds=[0.0, 6.0])
+    project.template(PATIENT.replace("time.sleep(", "while seconds and not (run_folder() / 'go').exists():\n    time.sleep(0.1)\ntime.sleep(0 * "))
+    project.axes("timeout_minutes = 2", seconds=[0.0, 60.0])
     launcher = project.in_the_middle(env=environment)
     now.write_text("-1h")
     assert "1 done, 1 running" in project.call("status", env=environment)[1]
     assert "to do: 0" in project.call("run", env=environment)[1]  # a second launcher leaves it alone
+    (folder,) = project.runs.glob("work-*.partial")
+    (folder / "go").touch()
     exit, said = ended(launcher)
     assert attempts(project) == ["x", "x"]
     return Observed(exit, said, project.disk(), f"nothing to do: {project.counts(project('run'))}")
@@ -410,6 +413,7 @@ def test_random_kills_lose_nothing(tmp_path, record_property):
     chance = random.Random(7)
     undisturbed = short_grid(tmp_path / "undisturbed")
     undisturbed("run")
+    pace = undisturbed.seconds()  # of one run: about every second one shall be hit
     kills, grids, repeated, victims = 0, 0, 0, []
     while kills < KILLS:
         project = short_grid(tmp_path / f"grid {grids}")
@@ -417,11 +421,11 @@ def test_random_kills_lose_nothing(tmp_path, record_property):
             engine = "kernel" if chance.random() < 0.25 else "shell"
             launcher = project.start("run", "--engine", engine)
             while launcher.poll() is None:
-                time.sleep(chance.uniform(0, 0.7))
+                time.sleep(chance.uniform(0, 3 * pace))
                 if victim := a_victim(launcher, chance):
                     victims.append(victim)
                     kills += 1
-            launcher.communicate(timeout=60)
+            launcher.communicate(timeout=120)
             assert kills < 4 * KILLS, "the grid comes to no end"
         grids += 1
         repeated += sum(len(text) - 1 for text in attempts(project))
