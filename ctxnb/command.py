@@ -47,13 +47,15 @@ _runs = click.option("--runs-dir", type=click.Path(path_type=Path), help="Folder
 _only = click.option("--only", multiple=True, callback=_selection, metavar="AXIS=VALUE[,VALUE]",
                      help="Keep only these values of an axis, such as seed=0 or context_length=8,16; may be repeated.")
 _resources = click.option("--resources", type=click.Path(path_type=Path), metavar="FILE",
-                          help="TOML file whose fields go before the grid's [resources] (default: ~/.config/ctxnb/resources.toml, if there).")
+                          help="TOML file whose fields go before the grid's [resources] "
+                               "(default: ~/.config/ctxnb/resources.toml, if there).")
 _retry = click.option("--retry-failed", is_flag=True, help="Also run again what failed.")
 _engine = click.option("--engine", type=click.Choice(["shell", "kernel"]), default="shell", show_default=True,
                        help="shell: papermill in a preloaded worker process; kernel: a fresh Jupyter kernel for each run.")
 
 
-def _plan(grid: Path, runs: Path | None, only: dict[str, list[str]] | None = None, build: bool = False, resources: Path | None = None) -> Plan:
+def _plan(grid: Path, runs: Path | None, only: dict[str, list[str]] | None = None, build: bool = False,
+          resources: Path | None = None) -> Plan:
     try:
         return make_plan(read_grid(grid, resources), (runs or runs_dir()).expanduser().resolve(), only, build)
     except (GridError, ValueError, OSError) as error:  # the grid, or the text it names
@@ -79,7 +81,8 @@ def _name_lost(plan: Plan) -> bool:
     """Name the runs that failed or were interrupted on standard error; say whether there are any."""
     lost = [state for state in plan.states if state.state in ("failed", "interrupted")]
     for state in lost:
-        click.echo(f"  {state.state:<12}{state.run.label}  ({state.reason})\n{'':14}ctxnb logs {state.run.id}; files in {state.folder}", err=True)
+        click.echo(f"  {state.state:<12}{state.run.label}  ({state.reason})", err=True)
+        click.echo(f"{'':14}ctxnb logs {state.run.id}; files in {state.folder}", err=True)
     return bool(lost)
 
 
@@ -185,7 +188,8 @@ def _run_on_slurm(planned: Plan, retry_failed: bool, engine: str) -> None:
     click.echo(_summary(_again(planned)))
     if jobs:
         names = list(jobs)
-        click.echo(f"submitted {sum(map(len, jobs.values()))} runs as {len(jobs)} jobs, {names[0]}{' to ' + names[-1] if len(names) > 1 else ''}. "
+        which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        click.echo(f"submitted {sum(map(len, jobs.values()))} runs as {len(jobs)} jobs, {which}. "
                    f"`ctxnb status {planned.grid.path}` says how they do, `ctxnb wait` waits for them.")
     else:
         click.echo("nothing to submit")
@@ -244,7 +248,8 @@ def status(grid: Path, only: dict, runs_dir: Path | None) -> None:
 
 @main.command()
 @_grid
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="MINUTES", help="Give up waiting after so long, with exit code 3 (default: wait for ever).")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="MINUTES",
+              help="Give up waiting after so long, with exit code 3 (default: wait for ever).")
 @_only
 @_runs
 def wait(grid: Path, timeout: float | None, only: dict, runs_dir: Path | None) -> None:
@@ -305,7 +310,8 @@ def logs(run: str, lines: int, follow: bool, runs_dir: Path | None) -> None:
 
     folder = _run_folder(run, (runs_dir or default_runs()).expanduser().resolve())
     status = read_status(folder)
-    click.echo(f"{folder.name.removesuffix('.partial')}: {status.get('state', 'unknown')}, begun {status.get('started', 'at an unknown time')}", err=True)
+    state, started = status.get("state", "unknown"), status.get("started", "at an unknown time")
+    click.echo(f"{folder.name.removesuffix('.partial')}: {state}, begun {started}", err=True)
     if follow:
         os.execvp("tail", ["tail", "-n", str(lines), "-F", str(folder / LOG)])
     shown = {str(file): _last_lines(file, lines) for file in _log_files(folder, status)}
@@ -324,13 +330,14 @@ def _run_folder(run: str, runs: Path) -> Path:
     found = {path.name.removesuffix(".partial"): path for path in [*runs.glob(f"{run}*"), *runs.glob(f"*-{run}*")] if path.is_dir()}
     if len(found) != 1:
         some = f"{len(found)} runs: {', '.join(sorted(found)[:5])}" if found else "none"
-        raise click.UsageError(f"{run!r}: expected the id of one run in {runs}, found {some}. `ctxnb status GRID` lists the ids; a missing or queued run has no log yet")
+        raise click.UsageError(f"{run!r}: expected the id of one run in {runs}, found {some}. `ctxnb status GRID` lists the ids; "
+                               "a missing or queued run has no log yet")
     return next(iter(found.values()))
 
 
 def _log_files(folder: Path, status: dict) -> list[Path]:
-    job = status.get("job")
-    return [*(folder.parent / ".slurm").glob(f"{job}_*log.*" if job else "none"), *(folder.parent / ".slurm").glob(f"{job}.log" if job else "none"), folder / LOG]
+    job, slurm = status.get("job"), folder.parent / ".slurm"  # submitit's log, and that of a script written by `ctxnb script`
+    return ([*slurm.glob(f"{job}_*log.out"), *slurm.glob(f"{job}.log")] if job else []) + [folder / LOG]
 
 
 def _last_lines(file: Path, number: int) -> str:
@@ -396,7 +403,8 @@ def _this_command() -> str:
 @click.option("--where", metavar="CONDITION", help="Keep only rows such as \"loss < 2 and seed == 0\".")
 @click.option("--join", "others", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="Put the columns of another grid (.toml) or table (.parquet, .csv) beside; may be repeated.")
-@click.option("--on", default="", metavar="COLUMN[,COLUMN]", help="Columns by which --join finds the row that belongs (default: the grid's axes that both have).")
+@click.option("--on", default="", metavar="COLUMN[,COLUMN]",
+              help="Columns by which --join finds the row that belongs (default: the grid's axes that both have).")
 @_runs
 def results(grid: Path, format: str | None, output: Path | None, only: dict, where: str | None, others: tuple[Path, ...], on: str,
             runs_dir: Path | None) -> None:

@@ -62,7 +62,8 @@ class Project:
 
     def logs(self, run: str) -> str:
         """What `ctxnb logs` says of a run."""
-        return subprocess.run([*COMMAND, "logs", run, "--runs-dir", str(self.runs)], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+        command = [*COMMAND, "logs", run, "--runs-dir", str(self.runs)]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
     def finished(self) -> dict[str, int]:
         """Run id -> modification time of its result, of the finished runs."""
@@ -197,8 +198,8 @@ def test_every_row_says_where_it_comes_from(project):
     project("run")
     project("results", "-o", str(project.folder / "t.parquet"))
     (row,) = pd.read_parquet(project.folder / "t.parquet").to_dict("records")
-    for column in ("run", "notebook", "notebook_hash", "parameters_hash", "code", "commit", "dirty", "hardware", "python", "papermill_version", "started",
-                   "seconds", "process_memory_mb"):
+    for column in ("run", "notebook", "notebook_hash", "parameters_hash", "code", "commit", "dirty", "hardware", "python",
+                   "papermill_version", "started", "seconds", "process_memory_mb"):
         assert row[column] not in ("", None), column
     assert row["data"] == "" and row["dirty"] in (True, False)  # this grid names no data
 
@@ -230,7 +231,8 @@ def test_workers_keep_to_their_places(project):
     project.template("import os, time\nfrom ctxnb.batch.record import record\ntime.sleep(1)\n"
                      "record({'cores': sorted(os.sched_getaffinity(0)), 'gpus': os.environ.get('CUDA_VISIBLE_DEVICES', '')})")
     project.axes("gpus = 1", seed=[0, 1])
-    assert "gpus = 1 for each run: this machine shows 0" in project.start("run", env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}).communicate()[1]
+    none = project.start("run", env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert "gpus = 1 for each run: this machine shows 0" in none.communicate()[1]
     project.start("run", env=os.environ | {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}).communicate(timeout=60)
     project("results", "-o", str(project.folder / "t.parquet"))
     table = pd.read_parquet(project.folder / "t.parquet")
@@ -252,17 +254,19 @@ def test_the_users_resources_go_before_the_grids(project):
 
 def test_papermills_own_command_records_the_same_result(tmp_path):
     """One cell of the training grid, tiny: by papermill's command line and by `ctxnb one`."""
-    tiny = dict(context_length=4, train_tokens=4000, layers=1, heads=1, width=8, tokens_per_step=64, epochs=0.1, min_steps=4, evaluations=2, max_context=8,
-                dev_targets=1, test_targets=1, device="cpu")
+    tiny = dict(context_length=4, train_tokens=4000, layers=1, heads=1, width=8, tokens_per_step=64, epochs=0.1, min_steps=4,
+                evaluations=2, max_context=8, dev_targets=1, test_targets=1, device="cpu")
     template = Path(__file__).parents[1] / "nbs" / "runs" / "train.ipynb"
     papermill = Path(sys.executable).with_name("papermill")
     arguments = [text for name, value in tiny.items() for text in ("-p", name, str(value))]
-    subprocess.run([papermill, template, tmp_path / "out.ipynb", *arguments], check=True, capture_output=True, env=os.environ | {"CTXNB_RUNS": str(tmp_path / "runs")})
+    environment = os.environ | {"CTXNB_RUNS": str(tmp_path / "runs")}
+    subprocess.run([papermill, template, tmp_path / "out.ipynb", *arguments], check=True, capture_output=True, env=environment)
     (by_hand,) = (tmp_path / "runs" / "by-hand").glob("*/result.json")
     said = [output.get("text", "") for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells for output in cell.get("outputs", [])]
     assert any(f"by-hand/{by_hand.parent.name}/result.json" in text for text in said)
     grid = tmp_path / "tiny.toml"
-    grid.write_text(f"notebook = {json.dumps(str(template))}\n[parameters]\n" + "\n".join(f"{name} = {json.dumps(value)}" for name, value in tiny.items()))
+    lines = [f"{name} = {json.dumps(value)}" for name, value in tiny.items()]
+    grid.write_text("\n".join([f"notebook = {json.dumps(str(template))}", "[parameters]", *lines]))
     subprocess.run([*COMMAND, "one", grid, "0", "--runs-dir", tmp_path / "runs"], check=True, capture_output=True)
     (by_grid,) = (tmp_path / "runs").glob("train-*/result.json")
     losses = [json.loads(file.read_text())["loss"] for file in (by_hand, by_grid)]

@@ -16,8 +16,6 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
-import pandas as pd
 import psutil
 import pytest
 from test_batch import COMMAND, WORK, Project, same
@@ -150,14 +148,15 @@ def leaks_memory(project):
     project.axes("memory_gb = 0.6", seconds=[0.0, 60.0])
     exit, said = project.call("run")
     (status,) = project.runs.glob("*.partial/status.json")
-    assert 600 < json.loads(status.read_text())["peak_memory_mb"] < 1500
+    assert 570 < json.loads(status.read_text())["peak_memory_mb"] < 1500  # 0.6 GB are 572 MiB
     return mended(project, exit, said, project.disk())
 
 
 def full_disk(project):
     with mounted(project, "size=400k") as disk:
         (disk / "fill").touch()
-        project.template(WORK + "\nif seconds and (run_folder().parents[1] / 'fill').exists():\n    (run_folder() / 'big').write_bytes(bytes(10**6))")
+        project.template(WORK + "\nif seconds and (run_folder().parents[1] / 'fill').exists():\n"
+                         "    (run_folder() / 'big').write_bytes(bytes(10**6))")
         project.axes(seconds=[0.0, 0.1])
         exit, said = project.call("run", "--workers", "1")
         states = "1 finished, 1 partial (interrupted)" if "1 interrupted" in project("status") else project.disk()
@@ -206,15 +205,19 @@ def _damaged(project, change):
 
 
 def clock_goes_back(project):
-    library = fake_clock()
-    now = project.folder / "now"
-    now.write_text("+0")
-    environment = os.environ | {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(now), "FAKETIME_NO_CACHE": "1",
-                                "FAKETIME_DONT_FAKE_MONOTONIC": "1", "CTXNB_LEASE_SECONDS": "3"}
-    project.template(PATIENT.replace("time.sleep(", "while seconds and not (run_folder() / 'go').exists():\n    time.sleep(0.1)\ntime.sleep(0 * "))
-    project.axes("timeout_minutes = 2", seconds=[0.0, 60.0])
+    now = project.folder / "now"  # seconds that this host's clock is off, for every Python that starts here
+    now.write_text("0")
+    (project.folder / "sitecustomize.py").write_text(
+        f"import pathlib, time\nreal, now = time.time, pathlib.Path({str(now)!r})\ntime.time = lambda: real() + float(now.read_text() or 0)\n")
+    environment = os.environ | {"PYTHONPATH": f"{project.folder}:{os.environ.get('PYTHONPATH', '')}", "CTXNB_LEASE_SECONDS": "3"}
+    project.template(PATIENT.replace("time.sleep(", "while seconds and not (run_folder() / 'go').exists():\n"
+                                     "    time.sleep(0.1)\ntime.sleep(0 * "))
+    project.axes("timeout_minutes = 3", seconds=[0.0, 60.0])
     launcher = project.in_the_middle(env=environment)
-    now.write_text("-1h")
+    now.write_text("-3600")
+    for marker in (project.runs / ".locks").iterdir():  # the clock that dates the files went back too: they are of the future now
+        os.utime(marker, (time.time() + 3600,) * 2)
+    time.sleep(2)  # the run renews its lock every second
     assert "1 done, 1 running" in project.call("status", env=environment)[1]
     assert "to do: 0" in project.call("run", env=environment)[1]  # a second launcher leaves it alone
     (folder,) = project.runs.glob("work-*.partial")
@@ -273,7 +276,8 @@ def two_hosts(project):
     hosts = {json.loads(path.read_text())["host"] for path in project.runs.glob("work-*/status.json")}
     assert attempts(project) == ["x", "x"] and hosts <= {"other", socket.gethostname()}
     exit, said = project.call("run")
-    return Observed(max(exit, *(code for code, _ in outputs)), said, project.disk(), f"nothing to do: {project.counts(said)}; no run was begun twice")
+    assert all(code == 0 for code, _ in outputs)
+    return Observed(exit, said, project.disk(), f"nothing to do: {project.counts(said)}; no run was begun twice")
 
 
 def host_dies(project):
@@ -311,11 +315,11 @@ warnings.warn("from a library")
 record({"loss": 1.0, "where": os.getcwd(), "who": f"{getpass.getuser()} on {socket.gethostname()}"})
 """, f"context_length = 8\nseed = 0\nseconds = 0.0\ncorpus = {str(project.folder / 'text.txt')!r}")
     project.axes(seconds=[0.0])
-    exit, said = project.call("run", env=os.environ | {"LOGNAME": "ada"})
+    exit, said = project.call("run", env=os.environ | {"LOGNAME": "lovelace"})
     (notebook,) = project.runs.glob("work-*/notebook.ipynb")
-    project.call("results", "-o", str(project.folder / "t.csv"), env=os.environ | {"LOGNAME": "ada"})
+    project.call("results", "-o", str(project.folder / "t.csv"), env=os.environ | {"LOGNAME": "lovelace"})
     texts = notebook.read_text() + (project.folder / "t.csv").read_text()
-    telling = [str(project.folder), str(project.folder.parent), str(Path.home()) + "/", os.sep + "tmp" + os.sep, "ada", f"@{socket.gethostname()}"]
+    telling = [str(project.folder), str(project.folder.parent), f"{Path.home()}/", "/tmp/", "lovelace", f"@{socket.gethostname()}"]
     found = [name for name in telling if name in texts]
     return Observed(exit, said, project.disk(), "notebook and table hold no absolute path, user or host" if not found else str(found))
 
@@ -371,17 +375,6 @@ def on_host(name: str, project: FaultProject, *arguments, **options) -> subproce
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def fake_clock() -> Path:
-    """The library that shows processes another clock; installed where that is allowed."""
-    libraries = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
-    if not libraries and os.geteuid() == 0:
-        subprocess.run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", "faketime"], capture_output=True)
-        libraries = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
-    if not libraries:
-        pytest.skip("libfaketime is not installed and cannot be")
-    return libraries[0]
-
-
 def attempts(project) -> list[str]:
     return [path.read_text() for path in sorted(project.runs.glob("work-*/attempts"))]
 
@@ -418,19 +411,21 @@ def test_random_kills_lose_nothing(tmp_path, record_property):
     while kills < KILLS:
         project = short_grid(tmp_path / f"grid {grids}")
         while "16 done" not in project("status"):
-            engine = "kernel" if chance.random() < 0.25 else "shell"
+            engine = "kernel" if chance.random() < 0.15 else "shell"
             launcher = project.start("run", "--engine", engine)
             while launcher.poll() is None:
                 time.sleep(chance.uniform(0, 3 * pace))
                 if victim := a_victim(launcher, chance):
                     victims.append(victim)
                     kills += 1
+                    print(kills, victim, len(project.finished()), flush=True)
             launcher.communicate(timeout=120)
             assert kills < 4 * KILLS, "the grid comes to no end"
         grids += 1
         repeated += sum(len(text) - 1 for text in attempts(project))
         same(project.table().drop(columns=["engine"]), undisturbed.table().drop(columns=["engine"]))
-    figures = dict(kills=kills, of={kind: victims.count(kind) for kind in sorted(set(victims))}, grids=grids, runs=16 * grids, lost=0, repeated=repeated)
+    of = {kind: victims.count(kind) for kind in sorted(set(victims))}
+    figures = dict(kills=kills, of=of, grids=grids, runs=16 * grids, lost=0, repeated=repeated)
     record_property("random kills", json.dumps(figures))
     print(figures)
     assert set(victims) == {"launcher", "worker", "kernel"}

@@ -168,7 +168,8 @@ def test_a_restarted_controller_loses_nothing(project, slurm):
 
 
 def test_each_run_sees_its_own_gpu(project):
-    project.template(WORK.replace("import time", "import os, time").replace('"loss":', '"gpus": os.environ["CUDA_VISIBLE_DEVICES"], "loss":'))
+    sees = WORK.replace("import time", "import os, time").replace('"loss":', '"gpus": os.environ["CUDA_VISIBLE_DEVICES"], "loss":')
+    project.template(sees)
     project.axes(ONE_BY_ONE + "gpus = 1", seed=[0, 1], seconds=[3.0])
     project("run", "--backend", "slurm")
     project("wait", "--timeout", "2")

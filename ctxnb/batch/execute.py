@@ -116,13 +116,13 @@ def at_work(run_id: str, runs: Path) -> str:
 
 
 def _renewed(marker: Path) -> bool:
-    """Whether a lease was renewed lately by the clock that dates the folder's files. A date in the future is an old one, from before that clock was put back."""
+    """Whether a lease was renewed lately, by the clock that dates the folder's files."""
     try:
         with tempfile.TemporaryFile(dir=marker.parent) as now:
             age = os.fstat(now.fileno()).st_mtime - marker.stat().st_mtime
     except OSError:
         return marker.exists()
-    return abs(age) <= LEASE_SECONDS
+    return abs(age) <= LEASE_SECONDS  # a date in the future is an old one, from before that clock was put back
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -447,8 +447,10 @@ def _check_done(folder: Path, run: Run, runs: Path) -> None:
     if not (folder / RESULT).is_file():
         raise RunFailed("the notebook ended without recording a result: its last cell should call `record(...)`")
     # papermill notes absolute paths, and outputs may hold some; a result that is shared should not tell who made it where
+    names = {"<run>": folder, "<runs>": runs, "<project>": project_root(run.notebook)}
     notebook.metadata.papermill |= {"input_path": "", "output_path": NOTEBOOK}
-    notebook.cells = without_names(notebook.cells, {"<run>": folder, "<runs>": runs, "<project>": project_root(run.notebook)})
+    notebook.metadata.papermill = without_names(notebook.metadata.papermill, names)
+    notebook.cells = without_names(notebook.cells, names)
     write_atomic(folder / NOTEBOOK, nbformat.writes(notebook))
 
 

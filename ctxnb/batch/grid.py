@@ -441,7 +441,8 @@ def find_run(
         found = [runs[int(name)]]
     if len(found) != 1:
         wrong = f"means {len(found)} runs" if found else f"is no run (there are {len(runs)}, numbered from 0)"
-        raise GridError(f"{name!r} {wrong} of {where}: `ctxnb status` lists their ids; an edit of the grid, its notebook or its data changes them")
+        raise GridError(f"{name!r} {wrong} of {where}: `ctxnb status` lists their ids; an edit of the grid, its notebook or "
+                        "its data changes them")
     return found[0]
 
 

@@ -52,8 +52,8 @@ def note_jobs(
         The note's file.
     """
     (runs / ".jobs").mkdir(parents=True, exist_ok=True)
-    first = next(iter(jobs))
-    return write_atomic(runs / ".jobs" / f"{first.replace('[', '').replace(']', '')}.json", json.dumps({"user": os.getuid(), "jobs": jobs}, indent=0))
+    note = json.dumps({"user": os.getuid(), "jobs": jobs}, indent=0)
+    return write_atomic(runs / ".jobs" / f"{next(iter(jobs))}.json", note)
 
 
 def read_notes(

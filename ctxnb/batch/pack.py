@@ -45,7 +45,8 @@ def pack_run(
         OSError: the folder is missing or not writable.
     """
     if state.state != "done":
-        raise GridError(f"{state.run.id} is {state.state} ({state.reason or 'no result yet'}): only a run that is done can be packed; {_advice(state)}")
+        why = state.reason or "no result yet"
+        raise GridError(f"{state.run.id} is {state.state} ({why}): only a run that is done can be packed; {_advice(state)}")
     content = _library() | _project(planned, state) | _outcome(planned, state)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -65,15 +66,16 @@ def _library() -> dict[str, bytes]:
 
 
 def _project(planned: Plan, state: RunState) -> dict[str, bytes | str]:
-    run, root = state.run, project_root(state.run.notebook)
+    run = state.run
     library = project_root(find_spec("ctxnb").origin)
-    files = {name: (library / name).read_bytes() for name in ("requirements.lock", "settings.ini", "setup.py") if (library / name).is_file()}
+    wanted = [library / name for name in ("requirements.lock", "settings.ini", "setup.py")]
+    files = {file.name: file.read_bytes() for file in wanted if file.is_file()}
     lines = [f"notebook = {json.dumps(run.notebook_name)}"]
     lines += [f"data = {json.dumps(run.data_source)}"] if run.data_source else []
     lines += ["", "[parameters]", *(f"{k} = {_toml(v)}" for k, v in run.parameters.items() if v is not None)]
     return files | {
         "nbs/.keep": "",  # with settings.ini, what makes a folder a project
-        run.notebook_name: (root / run.notebook_name).read_bytes() if (root / run.notebook_name).is_file() else run.notebook.read_bytes(),
+        run.notebook_name: run.notebook.read_bytes(),
         "repeat/run.toml": "\n".join(lines) + "\n",
         "README.md": _readme(planned, state),
     }

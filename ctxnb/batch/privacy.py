@@ -92,8 +92,10 @@ def without_names(
 
 
 def _names(folders: dict[str, Path]) -> list[tuple[re.Pattern, str]]:
-    places = folders | {"<runs>": runs_dir(), "<data>": data_dir(), "<project>": project_root(), "<python>": Path(sys.prefix), "~": Path.home()}
-    known = {str(form): name for name, folder in reversed(places.items()) for form in (folder, folder.resolve()) if form != form.parent}
+    places = folders | {"<runs>": runs_dir(), "<data>": data_dir(), "<project>": project_root(), "<python>": Path(sys.prefix),
+                        "~": Path.home()}
+    known = {str(form): name for name, folder in reversed(places.items()) for form in (folder, folder.resolve())
+             if form != form.parent}
     # the longest first: the runs lie in the data folder, which lies in the project
     patterns = [(re.compile(re.escape(place) + r"(?![\w-])"), known[place]) for place in sorted(known, key=len, reverse=True)]
     for name, placeholder in ((_user(), "<user>"), (socket.gethostname(), "<host>")):

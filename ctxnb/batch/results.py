@@ -124,7 +124,8 @@ def joined(
     twice = other[other.duplicated(on, keep=False)]
     if len(twice):
         first = ", ".join(f"{column} = {twice[column].iloc[0]}" for column in on)
-        raise GridError(f"{name} has {len(twice)} rows that are not told apart by {', '.join(on)} (such as {first}): name more columns with --on")
+        raise GridError(f"{name} has {len(twice)} rows that are not told apart by {', '.join(on)} (such as {first}): "
+                        "name more columns with --on")
     return table.merge(other, how="left", on=on, suffixes=("", f"_{name}"))
 
 # %% ../../nbs/batch/results.ipynb #82143ab6

@@ -255,6 +255,7 @@ def sbatch_script(
         GridError: nothing is left to do.
     """
     runs = _left(planned)
+    grid, folder = shlex.quote(str(planned.grid.path.resolve())), shlex.quote(str(planned.runs))
     options = {
         "job-name": f"ctxnb-{planned.grid.name}", "array": f"0-{len(runs) - 1}%{resources.array_parallelism}",
         "time": math.ceil(resources.hours * 60), "cpus-per-task": resources.cpus or 1,
@@ -265,8 +266,9 @@ def sbatch_script(
     lines = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in options.items() if value != ""]
     return "\n".join([
         "#!/bin/bash",
-        f"# The runs of {planned.grid.name} that are not done, one run a task. Submit with `sbatch FILE`, as often as you like: a run that is done",
-        "# is not done again. `ctxnb status` sees what works and what is done, but not what waits: that only `squeue` shows.",
+        f"# The runs of {planned.grid.name} that are not done, one run a task. Submit with `sbatch FILE`, as often as",
+        "# you like: a run that is done is not done again. `ctxnb status` sees what works and what is done, but not what",
+        "# waits: that only `squeue` shows.",
         *lines,
         "#SBATCH --requeue",
         "",
@@ -279,7 +281,7 @@ def sbatch_script(
         "# Slurm warns before the time is over: go back into the queue, and go on from the checkpoint in the run's folder.",
         "job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}",
         "trap 'scontrol requeue \"$job\"; exit 1' USR1",
-        f"{command} one {shlex.quote(str(planned.grid.path.resolve()))} \"${{runs[$SLURM_ARRAY_TASK_ID]}}\" --runs-dir {shlex.quote(str(planned.runs))} &",
+        f"{command} one {grid} \"${{runs[$SLURM_ARRAY_TASK_ID]}}\" --runs-dir {folder} &",
         "wait $!  # a signal reaches bash at once only while it waits",
         "",
     ])
@@ -311,8 +313,8 @@ def skypilot_yaml(
     machine += [f"  memory: {math.ceil(resources.memory_gb)}+  # GB"] if resources.memory_gb else []
     machine += [f"  accelerators: {resources.gpu_type}:{resources.gpus}"] if resources.gpus else []
     return "\n".join([
-        f"# The runs of {planned.grid.name} that are not done. Start with `sky jobs launch FILE`, as often as you like: a run that is done is not",
-        "# done again. The runs lie in a bucket that outlives the machine; name your own.",
+        f"# The runs of {planned.grid.name} that are not done. Start with `sky jobs launch FILE`, as often as you like:",
+        "# a run that is done is not done again. The runs lie in a bucket that outlives the machine; name your own.",
         f"name: ctxnb-{planned.grid.name}",
         "workdir: .",
         "resources:",
