@@ -42,7 +42,7 @@ SECTIONS: list[tuple[str, str, str]] = [
     ("Synthetic data", "synthetic", "tasks models training features"),
     ("Text and measuring", "language", "corpus tokens measure features"),
     ("Training", "training", "gpt data train report"),
-    ("Batch", "batch", "grid record code engine execute launch results"),
+    ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack"),
     ("Results", "results", ""),
     ("Run templates", "runs", ""),
 ]

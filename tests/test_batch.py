@@ -1,12 +1,12 @@
-"""What a notebook cell cannot show of the batch runner: the command line, killed processes, two launchers, a full disk.
+"""What a notebook cell cannot show of the batch runner: the command line. What goes wrong is in test_faults.py and test_slurm.py.
 
 Every case drives the installed `ctxnb` command on a real grid through real papermill. The template is short so
 that many faults fit in little time; its result is a pure function of the parameters, so tables can be compared.
 """
 import json
 import os
-import random
-import signal
+import re
+import statistics
 import subprocess
 import sys
 import time
@@ -15,6 +15,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from click.testing import CliRunner
+from ctxnb.command import EXIT_CODES, main
 
 COMMAND = [str(Path(sys.executable).with_name("ctxnb"))]
 WORK = """
@@ -58,22 +60,24 @@ class Project:
         assert process.returncode == expect, f"exit code {process.returncode}\n{out}\n{err}"
         return out + err
 
+    def logs(self, run: str) -> str:
+        """What `ctxnb logs` says of a run."""
+        command = [*COMMAND, "logs", run, "--runs-dir", str(self.runs)]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
     def finished(self) -> dict[str, int]:
         """Run id -> modification time of its result, of the finished runs."""
         return {p.parent.name: p.stat().st_mtime_ns for p in self.runs.glob("work-*/result.json")
                 if not p.parent.name.endswith(".partial")}
 
+    def seconds(self) -> float:
+        """Median duration of the finished runs."""
+        return statistics.median(json.loads(p.read_text())["seconds"] for p in self.runs.glob("work-*/status.json"))
+
     def wait_for(self, number: int) -> None:
         deadline = time.monotonic() + 60
         while len(self.finished()) < number:
             assert time.monotonic() < deadline, f"only {len(self.finished())} runs finished"
-            time.sleep(0.02)
-
-    def wait_for_change(self) -> None:
-        """Until some run begins or ends."""
-        before, deadline = set(self.runs.glob("work-*")), time.monotonic() + 60
-        while set(self.runs.glob("work-*")) == before:
-            assert time.monotonic() < deadline, "nothing happens"
             time.sleep(0.02)
 
     def table(self) -> pd.DataFrame:
@@ -108,54 +112,6 @@ def test_run_twice_does_nothing_the_second_time(project, undisturbed):
     assert len(undisturbed.curve[7]) == 32
 
 
-def test_launcher_killed_in_the_middle(project, undisturbed):
-    launcher = project.start("run")
-    project.wait_for(3)
-    launcher.kill()
-    launcher.wait()
-    time.sleep(1)  # workers notice that their launcher is gone
-    finished = project.finished()
-    assert 3 <= len(finished) < 8
-    status = project("status")
-    assert "running" not in status and f"{len(finished)} done" in status and "interrupted" in status
-    project("run")
-    after = project.finished()
-    assert {run: after[run] for run in finished} == finished, "a finished run was touched"
-    same(project.table(), undisturbed)
-
-
-def test_ctrl_c_and_again(project, undisturbed):
-    launcher = project.start("run", start_new_session=True)
-    project.wait_for(2)
-    os.killpg(launcher.pid, signal.SIGINT)  # what a terminal does
-    out, err = launcher.communicate(timeout=20)
-    assert launcher.returncode == 130 and "The same command goes on" in err and "Traceback" not in err
-    assert "running" not in project("status")
-    project("run")
-    same(project.table(), undisturbed)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_random_kills_of_anything(project, undisturbed, seed):
-    """Kill launchers and workers at random moments until the grid is done."""
-    chance = random.Random(seed)
-    kills = 0
-    while "8 done" not in project("status"):
-        launcher = project.start("run")
-        project.wait_for_change()  # the grid is at work ...
-        time.sleep(chance.uniform(0, 0.7))  # ... and anything may be happening in it
-        children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
-        grandchildren = subprocess.run(["pgrep", "-P", ",".join(children) or "0"], capture_output=True, text=True).stdout.split()
-        victim = int(chance.choice([launcher.pid, *grandchildren]))
-        if launcher.poll() is None:
-            os.kill(victim, signal.SIGKILL)
-            kills += 1
-        launcher.communicate(timeout=60)
-        assert kills < 30
-    assert kills
-    same(project.table(), undisturbed)
-
-
 def test_two_launchers_share_a_grid(project, undisturbed):
     first, second = project.start("run"), project.start("run")
     for launcher in (first, second):
@@ -164,24 +120,6 @@ def test_two_launchers_share_a_grid(project, undisturbed):
     same(project.table(), undisturbed)
     attempts = [path.read_text() for path in project.runs.glob("work-*/attempts")]
     assert attempts == ["x"] * 8, "a cell was run twice"
-
-
-def test_failed_runs_wait_for_retry(project):
-    project.template(WORK + "\nif seed == 1 and not (run_folder() / 'mended').exists(): raise RuntimeError('no luck')")
-    out = project("run", expect=1)
-    assert "4 failed" in out and "RuntimeError: no luck" in out
-    assert "4 of 8 runs are not in the table" in project("results")
-    assert "to do: 0" in project("run", expect=1)
-    for folder in project.runs.glob("*.partial"):
-        assert json.loads((folder / "status.json").read_text())["exit_code"] == 1
-        (folder / "mended").touch()
-    assert "8 done" in project("run", "--retry-failed")
-
-
-def test_a_run_over_its_time_limit_is_stopped(project):
-    project.axes("timeout_minutes = 0.02", seconds=[0.0, 60.0])
-    out = project("run", expect=1)
-    assert "1 done, 1 failed" in out and "limit of 0.02 minutes" in out
 
 
 def test_misspelled_parameter_makes_no_folder(project):
@@ -230,62 +168,6 @@ def test_only_some_of_the_grid(project):
     assert "the axis has 0, 1" in project("run", "--only", "seed=9", expect=2)
 
 
-def test_fresh_kernels_and_a_killed_one(project, undisturbed):
-    project.axes(context_length=[4, 8], seed=[0])
-    project.template(WORK.replace("time.sleep(seconds)", "import os, signal\nif context_length == 4 and len(counter.read_text()) == 1: "
-                                  "os.kill(os.getpid(), signal.SIGKILL)"))
-    out = project("run", "--engine", "kernel", expect=1)
-    assert "1 done, 1 interrupted" in out and "DeadKernelError" in out
-    assert "2 done" in project("run", "--engine", "kernel")
-    assert project.table().loss.tolist() == [0.5, 8 ** -0.5]
-
-
-def test_full_disk(project):
-    disk = project.folder / "disk"
-    disk.mkdir()
-    mounted = os.geteuid() == 0 and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True).returncode == 0
-    if not mounted:
-        pytest.skip("mounting a small tmpfs needs root")
-    try:
-        project.runs = disk / "runs"
-        (disk / "fill").touch()
-        project.template(WORK + """
-if seed == 1 and (run_folder().parents[1] / "fill").exists():
-    (run_folder() / "big").write_bytes(bytes(10**6))
-""")
-        project.axes(context_length=[4, 8], seed=[0, 1])
-        assert "No space left on device" in project("run", "--workers", "1", expect=1)
-        finished = project.finished()
-        assert finished and "running" not in project("status")
-        (disk / "fill").unlink()  # somebody makes room
-        for big in project.runs.glob("*/big"):
-            big.unlink()
-        project("run")
-        after = project.finished()
-        assert len(after) == 4 and {run: after[run] for run in finished} == finished
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def test_damaged_result_is_not_used(project):
-    project.axes(seed=[0])
-    project("run")
-    (result,) = project.runs.glob("work-*/result.json")
-    result.write_text(result.read_text()[:20])
-    assert "damaged or was edited" in project("status")
-    assert "0 rows" in project("results", "-o", str(project.folder / "t.parquet"))
-    assert "1 done" in project("run")
-
-
-def test_executed_notebook_and_table_name_no_folder(project):
-    project.axes(seed=[0])
-    project("run")
-    (notebook,) = project.runs.glob("work-*/notebook.ipynb")
-    assert str(project.folder.parent) not in notebook.read_text()
-    assert not project.table().astype(str).apply(lambda c: c.str.contains(str(project.folder.parent))).any().any()
-
-
 def test_results_formats(project):
     project.axes(seed=[0, 1])
     assert "0 rows" in project("results", "-o", str(project.folder / "t.csv"))
@@ -296,3 +178,108 @@ def test_results_formats(project):
     assert len(pd.read_csv(project.folder / "t.csv")) == 2
     assert "needs a file" in project("results", "--format", "parquet", expect=2)
     assert "does not exist" in project("results", "-o", str(project.folder / "no" / "t.csv"), expect=2)
+
+
+def test_results_are_filtered_and_joined(project):
+    project.axes(context_length=[4, 8], seed=[0, 1], seconds=[0.0])
+    project("run")
+    assert project("results", "--format", "csv", "--where", "loss < 0.5 and seed == 1").count("\n") == 2
+    assert "Columns: run, context_length" in project("results", "--where", "los < 1", expect=2)
+    other = project.folder / "entropy.csv"
+    other.write_text("context_length,loss,entropy\n8,1.5,2.5\n")
+    rows = project("results", "--format", "csv", "--join", str(other)).splitlines()
+    assert rows[0].endswith("loss_entropy,entropy") and [row.endswith("1.5,2.5") for row in rows[1:]] == [False, False, True, True]
+    assert "name more columns with --on" in project("results", "--join", str(project.grid), "--on", "context_length", expect=2)
+    assert "expected a grid (.toml) or a table" in project("results", "--join", "x.txt", expect=2)
+
+
+def test_every_row_says_where_it_comes_from(project):
+    project.axes(seed=[0], seconds=[0.0])
+    project("run")
+    project("results", "-o", str(project.folder / "t.parquet"))
+    (row,) = pd.read_parquet(project.folder / "t.parquet").to_dict("records")
+    for column in ("run", "notebook", "notebook_hash", "parameters_hash", "code", "commit", "dirty", "hardware", "python",
+                   "papermill_version", "started", "seconds", "process_memory_mb"):
+        assert row[column] not in ("", None), column
+    assert row["data"] == "" and row["dirty"] in (True, False)  # this grid names no data
+
+
+def test_one_run_by_its_key_or_number(project):
+    project.axes(seed=[0, 1], seconds=[0.0])
+    assert "done work-" in project("one", "1")
+    (run,) = project.finished()
+    before = project.finished()
+    assert f"done {run}" in project("one", run) and f"done {run}" in project("one", run[-12:-6]) and project.finished() == before
+    assert "is no run (there are 2, numbered from 0)" in project("one", "7", expect=2)
+    assert f"{run}: done" in project.logs(run) and "it wrote nothing" in project.logs(run[:9])
+    wrong = subprocess.run([*COMMAND, "logs", "nothing", "--runs-dir", str(project.runs)], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "expected the id of one run" in wrong.stderr
+
+
+def test_waiting_for_another_terminal(project):
+    project.axes(seed=[0, 1], seconds=[2.0])
+    assert "2 missing" in project("wait", expect=3)
+    launcher = project.start("run")
+    while not list(project.runs.glob("*.partial/attempts")):
+        time.sleep(0.02)
+    project("wait", "--timeout", "0", expect=3)
+    launcher.communicate(timeout=60)
+    assert "2 done" in project("wait")
+
+
+def test_workers_keep_to_their_places(project):
+    project.template("import os, time\nfrom ctxnb.batch.record import record\ntime.sleep(1)\n"
+                     "record({'cores': sorted(os.sched_getaffinity(0)), 'gpus': os.environ.get('CUDA_VISIBLE_DEVICES', '')})")
+    project.axes("gpus = 1", seed=[0, 1])
+    none = project.start("run", env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert "gpus = 1 for each run: this machine shows 0" in none.communicate()[1]
+    project.start("run", env=os.environ | {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}).communicate(timeout=60)
+    project("results", "-o", str(project.folder / "t.parquet"))
+    table = pd.read_parquet(project.folder / "t.parquet")
+    assert sorted(table.gpus) == ["GPU-a", "GPU-b"]
+    if len(os.sched_getaffinity(0)) > 1:
+        assert not set(table.cores[0]) & set(table.cores[1])
+
+
+def test_the_users_resources_go_before_the_grids(project):
+    file = project.folder / "resources.toml"
+    file.write_text("partition = 'long'\nhours = 3\nsetup = ['module load x']")
+    project.axes("partition = 'short'", seed=[0])
+    script = project("script", "--resources", str(file))
+    assert "--partition=long" in script and "--time=180" in script and "\nmodule load x\n" in script and "one " in script
+    file.write_text("partitoin = 'long'")
+    assert "did you mean 'partition'" in project("script", "--resources", str(file), expect=2)
+    assert "Slurm is not here" in project.start("run", "--backend", "slurm", env=os.environ | {"PATH": "/nowhere"}).communicate()[1]
+
+
+def test_papermills_own_command_records_the_same_result(tmp_path):
+    """One cell of the training grid, tiny: by papermill's command line and by `ctxnb one`."""
+    tiny = dict(context_length=4, train_tokens=4000, layers=1, heads=1, width=8, tokens_per_step=64, epochs=0.1, min_steps=4,
+                evaluations=2, max_context=8, dev_targets=1, test_targets=1, device="cpu")
+    template = Path(__file__).parents[1] / "nbs" / "runs" / "train.ipynb"
+    papermill = Path(sys.executable).with_name("papermill")
+    arguments = [text for name, value in tiny.items() for text in ("-p", name, str(value))]
+    environment = os.environ | {"CTXNB_RUNS": str(tmp_path / "runs")}
+    subprocess.run([papermill, template, tmp_path / "out.ipynb", *arguments], check=True, capture_output=True, env=environment)
+    (by_hand,) = (tmp_path / "runs" / "by-hand").glob("*/result.json")
+    said = [output.get("text", "") for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells for output in cell.get("outputs", [])]
+    assert any(f"by-hand/{by_hand.parent.name}/result.json" in text for text in said)
+    grid = tmp_path / "tiny.toml"
+    lines = [f"{name} = {json.dumps(value)}" for name, value in tiny.items()]
+    grid.write_text("\n".join([f"notebook = {json.dumps(str(template))}", "[parameters]", *lines]))
+    subprocess.run([*COMMAND, "one", grid, "0", "--runs-dir", tmp_path / "runs"], check=True, capture_output=True)
+    (by_grid,) = (tmp_path / "runs").glob("train-*/result.json")
+    losses = [json.loads(file.read_text())["loss"] for file in (by_hand, by_grid)]
+    assert losses[0] == losses[1]
+
+
+def test_every_help_is_for_a_newcomer():
+    overview = CliRunner().invoke(main, ["--help"]).output
+    assert all(f"{code}  " in overview for code in EXIT_CODES) and "To begin:" in overview
+    commands = re.findall(r"^  (\w+)  ", overview.partition("Commands:")[2].partition("Exit codes")[0], re.M)
+    assert len(commands) == 12
+    for command in commands:
+        text = CliRunner().invoke(main, [command, "--help"]).output
+        assert text.startswith(f"Usage: main {command}") and len(text.splitlines()[2]) > 20
+        for option in main.get_command(None, command).params:
+            assert option.param_type_name == "argument" or option.help, f"{command} {option.name} has no help"

@@ -18,13 +18,15 @@ from pathlib import Path
 # %% ../../nbs/batch/code.ipynb #b641e278
 @lru_cache
 def _module_tree(name: str) -> tuple[ast.Module, Path] | None:
-    try:
-        spec = importlib.util.find_spec(name)
-    except ModuleNotFoundError:
-        return None
-    if spec is None or not (spec.origin or "").endswith(".py"):
-        return None
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8")), Path(spec.origin)
+    # By its path: `find_spec` of a submodule would import its parents, and with them what trains, for seconds.
+    package, *inside = name.split(".")
+    spec = importlib.util.find_spec(package)
+    for folder in (spec and spec.submodule_search_locations) or []:
+        path = Path(folder, *inside)
+        for file in (path / "__init__.py", path.with_name(f"{path.name}.py")):
+            if file.is_file():
+                return ast.parse(file.read_text(encoding="utf-8")), file
+    return None
 
 
 def _imported(tree: ast.Module, inside: str) -> Iterable[str]:

@@ -1,0 +1,211 @@
+"""A grid on a real Slurm, started for these tests by `slurm.py`: what a user of a cluster goes through, on one machine.
+
+The node says it has eight cores, so that jobs of several cases work at the same time. A run that is to be interrupted
+counts its seconds in a file in its folder, as training keeps a checkpoint, and goes on from there.
+"""
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+from slurm import Slurm, reason_not_to
+from test_batch import WORK, Project, same
+
+STEPS = WORK.replace("time.sleep(seconds)", """
+place = run_folder() / "seconds"
+for second in range(int(place.read_text()) if place.exists() else 0, int(seconds)):
+    time.sleep(1)
+    place.write_text(str(second + 1))
+""")
+ONE_BY_ONE = "job_minutes = 0\n"  # a job for each run
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    if reason := reason_not_to():
+        pytest.skip(reason)
+    with Slurm(tmp_path_factory.mktemp("slurm"), cpus=8) as cluster, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield cluster
+
+
+@pytest.fixture
+def project(slurm, tmp_path):
+    return Project(tmp_path / "a folder with späces")
+
+
+@pytest.fixture(scope="module")
+def over_its_time(slurm, tmp_path_factory):
+    """A run that needs longer than its job may last, submitted before the other cases, which it does not disturb."""
+    project = Project(tmp_path_factory.mktemp("time") / "p")
+    project.template(STEPS)
+    project.axes(f"hours = {1 / 60}\nwarn_seconds = 45", seconds=[20.0])
+    project("run", "--backend", "slurm")
+    return project
+
+
+def jobs_of(project) -> list[str]:
+    return [job for note in (project.runs / ".jobs").glob("*.json") for job in json.loads(note.read_text())["jobs"]]
+
+
+def wait_for(true, what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.2)
+
+
+def attempts(project) -> list[str]:
+    return [path.read_text() for path in sorted(project.runs.glob("work-*/attempts"))]
+
+
+def begun(project, number: int = 1):
+    return lambda: len(list(project.runs.glob("work-*/attempts"))) >= number
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    project = Project(tmp_path_factory.mktemp("undisturbed") / "p")
+    project("run")
+    return project.table()
+
+
+def test_an_array_of_eight_submitted_twice(project, undisturbed, over_its_time):
+    project.axes(ONE_BY_ONE + "array_parallelism = 3", context_length=[4, 8, 16, 32], seed=[0, 1])
+    out = project("run", "--backend", "slurm")
+    assert "submitted 8 runs as 8 jobs" in out and "8 queued" in out
+    again = project("run", "--backend", "slurm")
+    assert "nothing to submit" in again and len(jobs_of(project)) == 8
+    assert project("wait", "--timeout", "2").splitlines()[-1].endswith("(8 done)")
+    assert "to do: 0" in project("run")  # the other backend sees the same runs
+    same(project.table(), undisturbed)
+    assert attempts(project) == ["x"] * 8
+    rows = project.table()
+    assert rows.commit.notna().all() and rows.hardware.notna().all()
+
+
+def test_short_runs_share_a_job(project, undisturbed):
+    project.axes("job_minutes = 0.02", context_length=[4, 8], seed=[0, 1])  # two runs of 0.01 minutes
+    assert "submitted 4 runs as 2 jobs" in project("run", "--backend", "slurm")
+    project("wait", "--timeout", "2")
+    same(project.table(), undisturbed[undisturbed.context_length < 16].reset_index(drop=True))
+
+
+def test_scancel_and_cancel(project, slurm):
+    project.template(STEPS)
+    project.axes(ONE_BY_ONE + "array_parallelism = 1", seed=[0, 1, 2], seconds=[30.0])
+    project("run", "--backend", "slurm")
+    wait_for(begun(project), "the first run")
+    (array,) = {job.split("_")[0] for job in jobs_of(project)}
+    slurm("scancel", f"{array}_1")  # by hand, one that waits
+    status = project("status")
+    assert "1 running, 1 queued, 1 missing" in status and re.search(rf"job {array}_2 waits \(JobArrayTaskLimit\)", status)
+    assert "told to stop: 2 Slurm jobs" in project("cancel")  # the one that runs, and the other that waits
+    out = project("wait", "--timeout", "1", expect=1)
+    assert "interrupted" in out and "ctxnb logs" in out
+    assert "1 interrupted, 2 missing" in project("status") and "nothing to cancel" in project("cancel")
+
+
+def test_a_killed_worker_fails_its_job_and_goes_on_later(project, slurm):
+    project.template(STEPS)
+    project.axes(ONE_BY_ONE, seconds=[3.0])
+    project("run", "--backend", "slurm")
+    wait_for(lambda: list(project.runs.glob("*.partial/seconds")), "the run's first step")
+    (status,) = project.runs.glob("*.partial/status.json")
+    os.kill(json.loads(status.read_text())["pid"], signal.SIGKILL)
+    assert "its process was killed (exit code -9)" in project("wait", "--timeout", "1", expect=1)
+    (job,) = jobs_of(project)
+    wait_for(lambda: slurm.states()[job] == "FAILED", "Slurm to see the failure")
+    assert "submitted 1 runs" in project("run", "--backend", "slurm")
+    project("wait", "--timeout", "1")
+    assert attempts(project) == ["xx"]
+
+
+def test_killed_step_daemon_leaves_an_orphan_that_nobody_runs_beside(project):
+    project.template(STEPS)
+    project.axes(ONE_BY_ONE, seconds=[8.0])
+    project("run", "--backend", "slurm")
+    wait_for(begun(project), "the run")
+    (status,) = project.runs.glob("*.partial/status.json")
+    step = next(p for p in psutil.Process(json.loads(status.read_text())["pid"]).parents() if p.name() == "slurmstepd")
+    step.kill()
+    assert "1 running" in project("status") and "nothing to submit" in project("run", "--backend", "slurm")
+    wait_for(project.finished, "the orphan")
+    assert attempts(project) == ["x"]
+
+
+def test_a_drained_node_keeps_the_queue(project, slurm):
+    project.axes(ONE_BY_ONE + "array_parallelism = 1", seed=[0, 1])
+    project("run", "--backend", "slurm")
+    wait_for(begun(project), "the first run")
+    slurm("scontrol", "update", "nodename=localhost", "state=drain", "reason=test")
+    try:
+        project.wait_for(1)
+        wait_for(lambda: "1 done, 1 queued" in project("status"), "the queue to stand")
+        project("wait", "--timeout", "0", expect=3)
+    finally:
+        slurm("scontrol", "update", "nodename=localhost", "state=resume")
+    assert project("wait", "--timeout", "2").splitlines()[-1].endswith("(2 done)")
+    assert attempts(project) == ["x"] * 2
+
+
+def test_a_restarted_controller_loses_nothing(project, slurm):
+    project.axes(ONE_BY_ONE + "array_parallelism = 1", seed=[0, 1], seconds=[11.0])  # longer than the outage
+    project("run", "--backend", "slurm")
+    wait_for(begun(project), "the first run")
+    slurm.stop_controller()
+    try:
+        assert "Slurm does not answer" in project("status")
+    finally:
+        slurm.start_controller()
+    assert project("wait", "--timeout", "2").splitlines()[-1].endswith("(2 done)")
+    assert attempts(project) == ["x"] * 2
+
+
+def test_each_run_sees_its_own_gpu(project):
+    sees = WORK.replace("import time", "import os, time").replace('"loss":', '"gpus": os.environ["CUDA_VISIBLE_DEVICES"], "loss":')
+    project.template(sees)
+    project.axes(ONE_BY_ONE + "gpus = 1", seed=[0, 1], seconds=[3.0])
+    project("run", "--backend", "slurm")
+    project("wait", "--timeout", "2")
+    assert set(project.table().gpus) == {"0", "1"}
+
+
+def test_the_written_script_does_the_same(project, slurm, undisturbed):
+    project.axes(context_length=[4, 8], seed=[0])
+    script = project.folder / "grid.sh"
+    script.write_text(project("script"))
+    subprocess.run(["sbatch", str(script)], check=True, capture_output=True)
+    wait_for(lambda: len(project.finished()) == 2, "the script's runs")
+    same(project.table(), undisturbed[(undisturbed.context_length < 16) & (undisturbed.seed == 0)].reset_index(drop=True))
+    assert "there is nothing to submit" in project("script", expect=2)
+
+
+def test_a_job_over_its_time_limit_is_requeued_and_resumes(over_its_time, slurm):
+    assert over_its_time("wait", "--timeout", "3").splitlines()[-1].endswith("(1 done)")
+    (job,) = jobs_of(over_its_time)
+    assert attempts(over_its_time)[0] in ("xx", "xxx") and "timed-out" in (over_its_time.runs / ".slurm" / f"{job}_0_log.out").read_text()
+    assert int(re.search(r"Restarts=(\d+)", slurm("scontrol", "show", "job", job))[1]) >= 1
+    assert next(over_its_time.runs.glob("work-*/seconds")).read_text() == "20"  # no second was done twice
+
+
+def test_a_preempted_job_resumes(project, slurm):
+    project.template(STEPS)
+    project.axes(ONE_BY_ONE, seconds=[25.0])
+    project("run", "--backend", "slurm")
+    wait_for(lambda: list(project.runs.glob("*.partial/seconds")), "the run's first step")
+    slurm("srun", "--partition=urgent", "--cpus-per-task=8", "-n1", "sleep", "1")
+    assert project("wait", "--timeout", "2").splitlines()[-1].endswith("(1 done)")
+    assert attempts(project) == ["xx"] and next(project.runs.glob("work-*/seconds")).read_text() == "25"
+
+
+def test_slurm_refuses_in_its_own_words(project):
+    project.axes('partition = "nowhere"', seed=[0])
+    out = project("run", "--backend", "slurm", expect=2)
+    assert "Slurm refused the jobs" in out and "invalid partition" in out
+    assert "1 missing" in project("status")
