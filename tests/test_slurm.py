@@ -196,12 +196,12 @@ def test_a_job_over_its_time_limit_is_requeued_and_resumes(over_its_time, slurm)
 
 def test_a_preempted_job_resumes(project, slurm):
     project.template(STEPS)
-    project.axes(ONE_BY_ONE, seconds=[25.0])
+    project.axes(ONE_BY_ONE, seconds=[20.0])
     project("run", "--backend", "slurm")
     wait_for(lambda: list(project.runs.glob("*.partial/seconds")), "the run's first step")
     slurm("srun", "--partition=urgent", "--cpus-per-task=8", "-n1", "sleep", "1")
     assert project("wait", "--timeout", "2").splitlines()[-1].endswith("(1 done)")
-    assert attempts(project) == ["xx"] and next(project.runs.glob("work-*/seconds")).read_text() == "25"
+    assert attempts(project) == ["xx"] and next(project.runs.glob("work-*/seconds")).read_text() == "20"
 
 
 def test_slurm_refuses_in_its_own_words(project):
