@@ -121,6 +121,8 @@ def test_a_killed_worker_fails_its_job_and_goes_on_later(project, slurm):
     assert "its process was killed (exit code -9)" in project("wait", "--timeout", "1", expect=1)
     (job,) = jobs_of(project)
     wait_for(lambda: slurm.states()[job] == "FAILED", "Slurm to see the failure")
+    logs = project.logs(status.parent.name.removesuffix(".partial"))
+    assert "not all runs are done" in logs and "killed (exit code -9)" in logs  # the job's log, and the run's end
     assert "submitted 1 runs" in project("run", "--backend", "slurm")
     project("wait", "--timeout", "1")
     assert attempts(project) == ["xx"]
