@@ -100,21 +100,26 @@ class _Group(click.Group):
         return super().get_command(context, name)
 
 
+_BEGIN = """\b
+To begin:     ctxnb plan GRID      what there is to do; starts nothing
+              ctxnb run GRID       do it here, or on a cluster with --backend slurm
+              ctxnb status GRID    how it is going
+              ctxnb results GRID   the table
+If it fails:  ctxnb logs RUN       what the run said, and where it stopped
+
+\b
+Exit codes:
+"""
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]},
-             epilog="\b\nExit codes:\n" + "\n".join(f"{code:>4}  {meaning}" for code, meaning in EXIT_CODES.items()))
+             epilog=_BEGIN + "\n".join(f"{code:>4}  {meaning}" for code, meaning in EXIT_CODES.items()))
 @click.version_option(package_name="ctxnb")
 def main() -> None:
     """Context length and loss: run grids of experiments, and read their results.
 
     A GRID is a TOML file that names a notebook, its parameters and the axes to vary, such as
     data/grids/quick/train.toml. Each combination of the axes' values is a run.
-
-    \b
-    To begin:       ctxnb plan GRID      what there is to do; starts nothing
-                    ctxnb run GRID       do it here, or on a cluster with --backend slurm
-                    ctxnb status GRID    how it is going
-                    ctxnb results GRID   the table
-    If it fails:    ctxnb logs RUN       what the run said, and where it stopped
     """
 
 

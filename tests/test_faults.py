@@ -410,7 +410,8 @@ def test_random_kills_lose_nothing(tmp_path, record_property):
     kills, grids, repeated, victims = 0, 0, 0, []
     while kills < KILLS:
         project = short_grid(tmp_path / f"grid {grids}")
-        while "16 done" not in project("status"):
+        while "16 done" not in (status := project("status")):
+            assert "failed" not in status, status  # what was killed has not failed
             engine = "kernel" if chance.random() < 0.15 else "shell"
             launcher = project.start("run", "--engine", engine)
             while launcher.poll() is None:

@@ -121,6 +121,8 @@ def test_a_killed_worker_fails_its_job_and_goes_on_later(project, slurm):
     assert "its process was killed (exit code -9)" in project("wait", "--timeout", "1", expect=1)
     (job,) = jobs_of(project)
     wait_for(lambda: slurm.states()[job] == "FAILED", "Slurm to see the failure")
+    logs = project.logs(status.parent.name.removesuffix(".partial"))
+    assert "not all runs are done" in logs and "killed (exit code -9)" in logs  # the job's log, and the run's end
     assert "submitted 1 runs" in project("run", "--backend", "slurm")
     project("wait", "--timeout", "1")
     assert attempts(project) == ["xx"]
@@ -196,12 +198,12 @@ def test_a_job_over_its_time_limit_is_requeued_and_resumes(over_its_time, slurm)
 
 def test_a_preempted_job_resumes(project, slurm):
     project.template(STEPS)
-    project.axes(ONE_BY_ONE, seconds=[25.0])
+    project.axes(ONE_BY_ONE, seconds=[20.0])
     project("run", "--backend", "slurm")
     wait_for(lambda: list(project.runs.glob("*.partial/seconds")), "the run's first step")
     slurm("srun", "--partition=urgent", "--cpus-per-task=8", "-n1", "sleep", "1")
     assert project("wait", "--timeout", "2").splitlines()[-1].endswith("(1 done)")
-    assert attempts(project) == ["xx"] and next(project.runs.glob("work-*/seconds")).read_text() == "25"
+    assert attempts(project) == ["xx"] and next(project.runs.glob("work-*/seconds")).read_text() == "20"
 
 
 def test_slurm_refuses_in_its_own_words(project):

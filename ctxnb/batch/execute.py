@@ -469,8 +469,10 @@ def _not_its_fault(error: Exception) -> bool:
     """Ends that say nothing about the run: the next launch tries again."""
     text = _in_words(error)
     full = (errno.ENOSPC, errno.EDQUOT)
+    # what a cell raises comes as papermill's error; a plain RuntimeError is of a kernel that died before it answered
+    kernel_died = type(error).__name__ == "DeadKernelError" or (type(error) is RuntimeError and text.startswith("RuntimeError: Kernel "))
     return getattr(error, "errno", None) in full or any(f"[Errno {number}]" in text for number in full) or (
-        type(error).__name__ == "DeadKernelError" or "KeyboardInterrupt" in text)
+        kernel_died or "KeyboardInterrupt" in text)
 
 
 def _in_words(error: Exception) -> str:

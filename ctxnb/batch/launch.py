@@ -216,7 +216,7 @@ def _places(plan: Plan, workers: int, in_job: bool) -> list[Place]:
 def _threads(plan: Plan, workers: int, in_job: bool) -> None:
     """Set before the fork server starts: the numerical libraries read these when they are imported."""
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or 1) if in_job else len(os.sched_getaffinity(0))
-    threads = str(plan.grid.resources.cpus or max(1, cores // workers))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(plan.grid.resources.cpus or max(1, cores // workers))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, threads)
 
