@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'SAME', 'TOP_SUMS', 'RIVALS', 'ESTIMATES', 'read_measureme
            'position_estimate', 'gains_by_recurrence', 'plot_gains', 'coloured_passage', 'spectra_of', 'properties',
            'loss_against', 'plot_spectra', 'plot_against', 'plot_correlations', 'layer_table', 'plot_layers']
 
-# %% ../../nbs/language/report.ipynb #12b1eca5
+# %% ../../nbs/language/report.ipynb #09fcca0f
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from ..theory.fitting import Fit, percentile_interval, resample_means
 from ..theory.spectrum import PUBLISHED_THRESHOLDS, dimension_by_threshold, log_eigenvalue_sum
 
-# %% ../../nbs/language/report.ipynb #fa72237b
+# %% ../../nbs/language/report.ipynb #c5434b1e
 COLUMNS = ("context_length", "model_name", "corpus", "loss", "document", "position", "target_loss", "max_context")
 SAME = ("document", "position", "model_identity", "dtype", "bos", "data", "layers")
 
@@ -106,6 +106,18 @@ class Losses:
         low, high = percentile_interval(self.replicates, level)
         return low, high
 
+    def restricted(self, least: int) -> "Losses":
+        """The same without the shortest lengths.
+
+        Args:
+            least: shortest length to keep.
+
+        Returns:
+            Losses at the lengths from `least` on.
+        """
+        keep = self.context_length >= least
+        return Losses(self.name, self.context_length[keep], self.targets[:, keep], self.document, self.replicates[:, keep])
+
     def at(self, context_length: int) -> np.ndarray:
         """Losses of all targets at one length.
 
@@ -144,7 +156,7 @@ def losses_of(runs: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> Losse
         raise ValueError("documents have different numbers of targets: draw the same number from each")
     return Losses(names.pop(), runs.context_length.to_numpy(), targets, document, resample_means(units, resamples, seed))
 
-# %% ../../nbs/language/report.ipynb #6d96ff27
+# %% ../../nbs/language/report.ipynb #b1228967
 def plot_losses(
     all_losses: Sequence[Losses], fits: Sequence[Fit] = (), scale: Sequence[float] | None = None, unit: str = "nats per token"
 ) -> Figure:
@@ -196,7 +208,7 @@ def position_estimate(run: pd.Series, bins: int = 12, resamples: int = 2000, see
     centre = [np.exp(np.log(visible[index == b]).mean()) for b in range(index.max() + 1)]
     return pd.DataFrame({"visible": centre, "loss": binned.mean(0), "low": low, "high": high})
 
-# %% ../../nbs/language/report.ipynb #ffb43a8f
+# %% ../../nbs/language/report.ipynb #e69df9db
 def gains_by_recurrence(losses: Losses, recurs: np.ndarray, short: int, long: int, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Gain from context, for targets that did and did not occur in it before.
 
@@ -271,7 +283,7 @@ def coloured_passage(text: Sequence[str], gain: np.ndarray, limit: float = 3.0) 
         spans.append(f'<span style="background:{background};color:#111;white-space:pre-wrap" title="{value:+.2f} nats">{shown}</span>')
     return f'<div style="line-height:1.9;max-width:46em">{"".join(spans)}</div>'
 
-# %% ../../nbs/language/report.ipynb #f954288c
+# %% ../../nbs/language/report.ipynb #a5e0ec6f
 TOP_SUMS = (3, 10, 30, 100, 200, 300)
 RIVALS = {"ln l": np.log, "-l^-0.25": lambda l: -(l**-0.25), "-l^-0.5": lambda l: -(l**-0.5), "-l^-1": lambda l: -(l**-1.0)}
 ESTIMATES = {
@@ -355,7 +367,7 @@ def loss_against(losses: Losses, table: pd.DataFrame, least: int = 4) -> pd.Data
                      "wins": (residual[1:] < against[1:]).mean()})
     return pd.DataFrame(rows).set_index("property").sort_values("residual")
 
-# %% ../../nbs/language/report.ipynb #702f3526
+# %% ../../nbs/language/report.ipynb #355fdac3
 def plot_spectra(runs: pd.DataFrame, layer: int = -1) -> Figure:
     """Relative eigenvalues and the cumulated logarithm, a line per length.
 
