@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'SAME', 'TOP_SUMS', 'RIVALS', 'ESTIMATES', 'read_measurements', 'Losses', 'losses_of', 'plot_losses',
            'position_estimate', 'gains_by_recurrence', 'plot_gains', 'coloured_passage', 'spectra_of', 'properties',
-           'loss_against', 'plot_spectra', 'plot_against', 'plot_correlations', 'layer_table', 'plot_layers']
+           'loss_against', 'as_markdown', 'plot_spectra', 'plot_against', 'plot_correlations', 'layer_table',
+           'plot_layers']
 
-# %% ../../nbs/language/report.ipynb #09fcca0f
+# %% ../../nbs/language/report.ipynb #e4987388
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from matplotlib.figure import Figure
 from ..theory.fitting import Fit, percentile_interval, resample_means
 from ..theory.spectrum import PUBLISHED_THRESHOLDS, dimension_by_threshold, log_eigenvalue_sum
 
-# %% ../../nbs/language/report.ipynb #c5434b1e
+# %% ../../nbs/language/report.ipynb #8508a311
 COLUMNS = ("context_length", "model_name", "corpus", "loss", "document", "position", "target_loss", "max_context")
 SAME = ("document", "position", "model_identity", "dtype", "bos", "data", "layers")
 
@@ -156,7 +157,7 @@ def losses_of(runs: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> Losse
         raise ValueError("documents have different numbers of targets: draw the same number from each")
     return Losses(names.pop(), runs.context_length.to_numpy(), targets, document, resample_means(units, resamples, seed))
 
-# %% ../../nbs/language/report.ipynb #b1228967
+# %% ../../nbs/language/report.ipynb #2e6d4d47
 def plot_losses(
     all_losses: Sequence[Losses], fits: Sequence[Fit] = (), scale: Sequence[float] | None = None, unit: str = "nats per token"
 ) -> Figure:
@@ -208,7 +209,7 @@ def position_estimate(run: pd.Series, bins: int = 12, resamples: int = 2000, see
     centre = [np.exp(np.log(visible[index == b]).mean()) for b in range(index.max() + 1)]
     return pd.DataFrame({"visible": centre, "loss": binned.mean(0), "low": low, "high": high})
 
-# %% ../../nbs/language/report.ipynb #e69df9db
+# %% ../../nbs/language/report.ipynb #2e14ab57
 def gains_by_recurrence(losses: Losses, recurs: np.ndarray, short: int, long: int, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Gain from context, for targets that did and did not occur in it before.
 
@@ -283,7 +284,7 @@ def coloured_passage(text: Sequence[str], gain: np.ndarray, limit: float = 3.0) 
         spans.append(f'<span style="background:{background};color:#111;white-space:pre-wrap" title="{value:+.2f} nats">{shown}</span>')
     return f'<div style="line-height:1.9;max-width:46em">{"".join(spans)}</div>'
 
-# %% ../../nbs/language/report.ipynb #a5e0ec6f
+# %% ../../nbs/language/report.ipynb #94d240c9
 TOP_SUMS = (3, 10, 30, 100, 200, 300)
 RIVALS = {"ln l": np.log, "-l^-0.25": lambda l: -(l**-0.25), "-l^-0.5": lambda l: -(l**-0.5), "-l^-1": lambda l: -(l**-1.0)}
 ESTIMATES = {
@@ -367,7 +368,26 @@ def loss_against(losses: Losses, table: pd.DataFrame, least: int = 4) -> pd.Data
                      "wins": (residual[1:] < against[1:]).mean()})
     return pd.DataFrame(rows).set_index("property").sort_values("residual")
 
-# %% ../../nbs/language/report.ipynb #355fdac3
+
+def as_markdown(lines: pd.DataFrame, names: Sequence[str]) -> str:
+    """Lines of chosen properties as a Markdown table.
+
+    Args:
+        lines: from `loss_against`.
+        names: properties in the order wanted; those that have no line are passed over.
+
+    Returns:
+        Markdown.
+    """
+    head = ["property", "lengths", "r", "95 %", "slope (nats per unit)", "95 %", "residual (nats)", "best rival's", "beats it in"]
+    rows = [
+        [name, int(q.lengths), f"{q.r:+.4f}", f"{q.r_low:+.3f} to {q.r_high:+.3f}", f"{q.slope:+.4g}", f"{q.slope_low:+.3g} to {q.slope_high:+.3g}",
+         f"{q.residual:.3f}", f"{q.rival:.3f}", f"{q.wins:.0%}"]
+        for name, q in lines.loc[[name for name in names if name in lines.index]].iterrows()
+    ]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+
+# %% ../../nbs/language/report.ipynb #6213dedd
 def plot_spectra(runs: pd.DataFrame, layer: int = -1) -> Figure:
     """Relative eigenvalues and the cumulated logarithm, a line per length.
 
@@ -389,7 +409,7 @@ def plot_spectra(runs: pd.DataFrame, layer: int = -1) -> Figure:
         left.axhline(threshold, color="0.5", lw=0.8, ls=":")
     left.set(xlabel="number of the eigenvalue", ylabel="eigenvalue relative to the largest")
     left.legend(title="l", fontsize="x-small", ncols=2, title_fontsize="small")
-    right.set(xlabel="N", ylabel="sum of the first N log relative eigenvalues (nats)")
+    right.set(xlabel="N", ylabel="sum of first N log ratios (nats)")
     return fig
 
 
