@@ -40,7 +40,7 @@ THEORY = "decomposition bayes_risk fitting recovery spectrum intrinsic_entropy a
 SECTIONS: list[tuple[str, str, str]] = [
     ("Theory", "theory", THEORY),
     ("Synthetic data", "synthetic", "tasks models training features"),
-    ("Text and measuring", "language", "corpus tokens measure features"),
+    ("Text and measuring", "language", "corpus tokens models measure report needle"),
     ("Training", "training", "gpt data train report"),
     ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack"),
     ("Results", "results", ""),

