@@ -61,13 +61,18 @@ def _stale(rows: pd.DataFrame, root: Path) -> list[str]:
 
 def _against_grid(rows: pd.DataFrame, table: Path, root: Path) -> list[str]:
     """`<experiment>-<preset>.parquet` holds the runs of `data/grids/<preset>/<experiment>.toml`."""
-    from ctxnb.batch.grid import read_grid, runs_of
+    from ctxnb.batch.grid import GridError, read_grid, runs_of
 
     experiment, _, preset = table.stem.rpartition("-")
     grid = root / "data" / "grids" / preset / f"{experiment}.toml"
     if not grid.is_file():
         return []
-    wanted = {run.parameters_hash: run.data for run in runs_of(read_grid(grid))}
+    try:
+        wanted = {run.parameters_hash: run.data for run in runs_of(read_grid(grid))}
+    except OSError:  # it reads what lies on another machine, a model trained there for example
+        return []
+    except GridError as problem:
+        return [f"their grid cannot be read: {problem}"]
     lacking = len(wanted.keys() - set(rows.parameters_hash))
     # data that are not prepared on this machine cannot be compared
     now = rows.parameters_hash.map(wanted).replace({"": None, "unprepared": None})

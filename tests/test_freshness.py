@@ -1,5 +1,6 @@
 """A results table that no longer is what the code, the notebook, the data or the grid would give is called so."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -60,3 +61,17 @@ def test_other_data_are_said_where_they_can_be_compared(fresh, tmp_path):
 def test_a_table_that_is_not_of_runs_says_nothing(tmp_path):
     pd.DataFrame({"loss": [1.0]}).to_parquet(tmp_path / "other.parquet")
     assert provenance(tmp_path / "other.parquet", ROOT) == ("", [])
+
+
+def test_a_grid_that_cannot_be_asked_is_no_crash(fresh, tmp_path):
+    """A grid that reads a model of another machine is not compared; one with a misspelled parameter is named."""
+    grid = tmp_path / "data/grids/quick/train.toml"
+    grid.parent.mkdir(parents=True)
+    shutil.copytree(ROOT / "nbs/runs", tmp_path / "nbs/runs")
+    text = GRID.read_text(encoding="utf-8")
+    fresh.to_parquet(tmp_path / "train-quick.parquet")
+    (tmp_path / "settings.ini").touch()
+    grid.write_text(text.replace('corpus = "sotu"', 'corpus = "not/here"'))
+    assert provenance(tmp_path / "train-quick.parquet", tmp_path)[1] == []
+    grid.write_text(text.replace("layers = 2", "layer = 2"))
+    assert "did you mean 'layers'" in provenance(tmp_path / "train-quick.parquet", tmp_path)[1][0]
