@@ -1124,7 +1124,7 @@ def wild_curves(
     Raises:
         ValueError: no degrees of freedom.
 
-    Source: Wu (1986), with HC2 residuals (MacKinnon and White 1985).
+    Source: Wu (1986), with HC3 residuals (MacKinnon and White 1985; Long and Ervin 2000).
     """
     groups = len(np.unique(units))
     nu = min(fit.dof, groups - 1)
@@ -1137,7 +1137,7 @@ def wild_curves(
     rng = np.random.default_rng(seed)
     multiplier = rng.normal(size=(resamples, units.max() + 1))[:, units]
     spread = np.sqrt(nu / rng.chisquare(nu, size=(resamples, 1)))
-    return fit.predict(*fit.x) + fit.residuals / np.sqrt(np.maximum(1 - leverage, 1e-6)) * multiplier * spread
+    return fit.predict(*fit.x) + fit.residuals / np.maximum(1 - leverage, 1e-3) * multiplier * spread
 
 
 def fit_joint(
