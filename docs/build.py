@@ -39,7 +39,7 @@ THEORY = "decomposition bayes_risk fitting recovery spectrum intrinsic_entropy a
 # Sidebar: title, folder under nbs/, reading order of the names known to have one (others follow by name).
 SECTIONS: list[tuple[str, str, str]] = [
     ("Theory", "theory", THEORY),
-    ("Synthetic data", "synthetic", "tasks models training features"),
+    ("Synthetic data", "synthetic", "tasks data models train features report"),
     ("Text and measuring", "language", "corpus tokens models measure report needle"),
     ("Training", "training", "gpt data train report"),
     ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack"),
