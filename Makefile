@@ -17,7 +17,7 @@ setup: .venv/.ready  ## make .venv from requirements.lock and install ctxnb into
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
-run: .venv/.ready  ## run the quick grids, build the site, print the answer (about 10 minutes the first time)
+run: .venv/.ready  ## run the quick grids, build the site, print the answer (about 20 minutes the first time)
 	@for grid in data/grids/quick/*.toml; do \
 	  table=$(RUNS)/tables/$$(basename $$grid .toml)-quick.parquet; \
 	  $(BIN)/ctxnb run $$grid && mkdir -p $(RUNS)/tables && $(BIN)/ctxnb results $$grid -o $$table || exit 1; \

@@ -28,7 +28,7 @@ def provenance(table: Path, root: Path) -> tuple[str, list[str]]:
         return "", []
     rows = pd.read_parquet(table, columns=list(COLUMNS))
     days = sorted({text[:10] for text in rows.started})
-    made = f"{len(rows)} runs of {days[0]}" + (f" to {days[-1]}" if len(days) > 1 else "")
+    made = f"{len(rows)} run{'s' * (len(rows) > 1)} of {days[0]}" + (f" to {days[-1]}" if len(days) > 1 else "")
     named = "; ".join(
         f"{column} {', '.join(f'`{value}`' for value in rows[column].str.slice(stop=SHOWN).unique())}"
         for column in ("notebook", "code", "commit", "data")
