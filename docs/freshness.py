@@ -10,7 +10,6 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 COLUMNS = ("code", "commit", "data", "notebook", "notebook_hash", "parameters_hash", "started")
-SHOWN = 40  # characters of a name or a hash
 
 
 def provenance(table: Path, root: Path) -> tuple[str, list[str]]:
@@ -30,7 +29,7 @@ def provenance(table: Path, root: Path) -> tuple[str, list[str]]:
     days = sorted({text[:10] for text in rows.started})
     made = f"{len(rows)} run{'s' * (len(rows) > 1)} of {days[0]}" + (f" to {days[-1]}" if len(days) > 1 else "")
     named = "; ".join(
-        f"{column} {', '.join(f'`{value}`' for value in rows[column].str.slice(stop=SHOWN).unique())}"
+        f"{column} {', '.join(f'`{value}`' for value in (rows[column].str[:12] if column == 'data' else rows[column]).unique())}"
         for column in ("notebook", "code", "commit", "data")
         if rows[column].astype(bool).any()
     )
