@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import as_completed
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
@@ -172,13 +172,18 @@ def launch(
                 futures = {
                     pool.schedule(_work, args=[places, Path(folder), run, plan.code, engine, plan.runs, in_job]): run for run in todo
                 }
-                for future in as_completed(futures):
-                    outcome = _outcome(future, futures[future], plan.runs)
-                    outcomes[outcome] += 1
-                    progress.ended(futures[future], outcome)
+                pending = set(futures)
+                while pending:
+                    ended, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+                    for future in ended:
+                        outcome = _outcome(future, futures[future], plan.runs)
+                        outcomes[outcome] += 1
+                        progress.ended(futures[future], outcome)
+                    if not (ended or pool.active):  # it lost a worker before any had a task, and forgot those not handed out yet
+                        raise BrokenProcessPool("the pool of workers is gone")
         except BrokenProcessPool as error:
             imports = ", ".join(plan.grid.template.imports)
-            raise GridError(f"no worker could be started: is one of {imports} broken? (traceback above)") from error
+            raise GridError(f"a worker died before it began a run: was it killed, or is one of {imports} broken? (traceback above)") from error
         except KeyboardInterrupt:
             _stop(pool)
             for run in todo:
