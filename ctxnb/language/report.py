@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm, to_hex
 from matplotlib.figure import Figure
 
+from ..figures import context_colours
 from ..theory.fitting import Fit, percentile_interval, resample_means
 from ..theory.spectrum import PUBLISHED_THRESHOLDS, dimension_by_threshold, log_eigenvalue_sum
 
@@ -400,7 +401,7 @@ def plot_spectra(runs: pd.DataFrame, layer: int = -1) -> Figure:
     """
     spectra = spectra_of(runs, layer)
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
-    colours = sns.color_palette("viridis", len(spectra))
+    colours = context_colours(runs.context_length).values()
     for l, values, colour in zip(runs.context_length, spectra, colours):
         values = values[values > 1e-10 * values[0]] / values[0]
         left.loglog(np.arange(1, len(values) + 1), values, color=colour, label=str(l))
@@ -500,7 +501,7 @@ def plot_layers(runs: pd.DataFrame, names: Sequence[str]) -> Figure:
     """
     fig, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3), layout="constrained", squeeze=False)
     numbers = np.asarray(runs.actual_layers.iloc[0])
-    colours = sns.color_palette("flare", len(numbers))
+    colours = sns.color_palette("crest", len(numbers))
     for i, number in enumerate(numbers):
         table = properties(runs, i)
         for ax, name in zip(axes[0], names):

@@ -15,6 +15,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from ..figures import context_colours, data_colours
 from ..theory.approximation import fit_exponent
 
 # %% auto #0
@@ -204,10 +205,6 @@ def exponents(table: pd.DataFrame, least_sizes: int = 3) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["context_length", "alpha", "low", "high", "log_factor", "from_samples", "sizes"]).set_index("context_length")
 
 # %% ../../nbs/synthetic/report.ipynb #bcbd8cfc
-def _colours(values: list[int], palette: str) -> dict[int, tuple]:
-    return dict(zip(values, sns.color_palette(palette, len(values))))
-
-
 def _lengths_axis(axis: plt.Axes, lengths: np.ndarray) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [str(l) for l in lengths])
@@ -230,7 +227,7 @@ def plot_loss(found: list[Curve], table: pd.DataFrame) -> Figure:
     risk = table.groupby("context_length").bayes_risk.first()
     axis.plot(risk.index, risk, color="0.3", ls="--", label="exact risk")
     axis.axhline(math.log(2), color="0.6", lw=0.8, ls=":", label="ln 2")
-    colours = _colours([c.train_samples for c in found], "colorblind")
+    colours = data_colours(c.train_samples for c in found)
     for curve in found:
         colour = colours[curve.train_samples]
         axis.plot(curve.context_length, curve.loss, color=colour, label=f"D = {curve.train_samples:,}")
@@ -260,7 +257,7 @@ def plot_approximation(table: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.9), gridspec_kw={"width_ratios": [1.4, 1]})
     lengths = sorted(table.context_length.unique())
-    colours = _colours(lengths, "viridis")
+    colours = context_colours(lengths)
     for l, rows in table.groupby("context_length"):
         mean = rows.groupby("train_samples").approximation_loss.mean()
         left.plot(mean.index, mean, color=colours[l], label=str(l))

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from ..figures import context_colours, data_colours
 
 # %% ../../nbs/training/report.ipynb #5be5098f
 COLUMNS = ("run", "context_length", "train_tokens", "seed", "loss", "block_loss", "position_loss", "document_loss",
@@ -199,14 +200,6 @@ def moves(
     return float((best[1] > best[0]).mean())
 
 # %% ../../nbs/training/report.ipynb #4ca83186
-def _size_colours(sizes: list[int]) -> dict[int, tuple]:
-    return dict(zip(sizes, sns.color_palette("colorblind", len(sizes))))
-
-
-def _length_colours(lengths: list[int]) -> dict[int, tuple]:
-    return dict(zip(lengths, sns.color_palette("viridis", len(lengths))))
-
-
 def _context_axis(axis: plt.Axes, lengths: np.ndarray) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [str(length) for length in lengths])
@@ -239,7 +232,7 @@ def plot_loss(
         grid, an open circle one at its edge (not bracketed).
     """
     figure, axis = plt.subplots(figsize=(7, 4.2))
-    for curve, colour in zip(curves, _size_colours([c.train_tokens for c in curves]).values()):
+    for curve, colour in zip(curves, data_colours([c.train_tokens for c in curves]).values()):
         low, high = curve.interval()
         axis.plot(curve.context_length, curve.loss, color=colour, marker=".", label=f"{curve.train_tokens:,}")
         axis.fill_between(curve.context_length, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -264,7 +257,7 @@ def plot_two_views(
     Returns:
         The figure: two panels on one scale, a dot per run, a line through the means over seeds.
     """
-    colours = _size_colours(sorted(table.train_tokens.unique()))
+    colours = data_colours(sorted(table.train_tokens.unique()))
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
     views = {"loss": "exactly l visible tokens", "block_loss": "average over positions 1 … l"}
     for axis, (column, title) in zip(axes, views.items()):
@@ -295,7 +288,7 @@ def plot_positions(
         The figure: means over seeds; the dot at the end of a line is the loss at exactly l visible tokens.
     """
     sizes, lengths = sorted(table.train_tokens.unique()), sorted(table.context_length.unique())
-    colours = _length_colours(lengths)
+    colours = context_colours(lengths)
     figure, axes = plt.subplots(1, len(sizes), figsize=(2.7 * len(sizes) + 0.8, 3.4), sharey=True, squeeze=False)
     for axis, size in zip(axes[0], sizes):
         for length, rows in table[table.train_tokens == size].groupby("context_length"):
