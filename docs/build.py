@@ -7,7 +7,9 @@ notebooks are only read. `site/` is replaced as a whole, and only by a build wit
 """
 
 import ast
+import base64
 import functools
+import gzip
 import hashlib
 import importlib
 import importlib.util
@@ -38,15 +40,16 @@ SITE = ROOT / "site"
 THEORY = "decomposition bayes_risk fitting recovery spectrum intrinsic_entropy approximation optimal_context planner"
 # Sidebar: title, folder under nbs/, reading order of the names known to have one (others follow by name).
 SECTIONS: list[tuple[str, str, str]] = [
+    ("Results", "results", "advice train synthetic synthetic_features measure measure_features measure_own"),
     ("Theory", "theory", THEORY),
     ("Synthetic data", "synthetic", "tasks data models train features report"),
-    ("Text and measuring", "language", "corpus tokens models measure report needle"),
+    ("Measuring", "language", "corpus tokens models measure report needle"),
     ("Training", "training", "gpt data train report"),
     ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack"),
-    ("Results", "results", ""),
+    ("About", "about", "claims cite contribute"),
     ("Run templates", "runs", ""),
 ]
-ROOT_PAGES = "batch"  # notebooks beside index.ipynb (folders and paths) stand in this section
+ROOT_PAGES = "about"  # notebooks beside index.ipynb stand in this section
 
 
 class BuildError(Exception):
@@ -291,10 +294,10 @@ def note_provenance(nb: nbformat.NotebookNode, tables: Iterable[Path]) -> list[s
 
 
 def run_results(path: Path, tables: dict[str, Path], code: str) -> Path:
-    """A result notebook, executed on the fresh tables that it reads; itself where there is none.
+    """A notebook, executed on the fresh tables that it reads; itself where there is none.
 
     Args:
-        path: notebook under nbs/results with a cell tagged `parameters`.
+        path: notebook, with a cell tagged `parameters` if it reads tables.
         tables: name -> fresh table.
         code: hash of the package, so that a result is made again when the code changed.
     """
@@ -364,6 +367,29 @@ def cell_text(value) -> str:
     if isinstance(value, list) and len(value) > 12:
         return f"`{json.dumps(value[:4])[:-1]}, ... {json.dumps(value[-2:])[1:]}` ({len(value)} values)"
     return "`" + json.dumps(value).replace("|", "\\|").replace("`", "'") + "`"
+
+
+def offer_data(nb: nbformat.NotebookNode, page: str) -> dict[str, str]:
+    """Move the numbers that figures carry as CSV into files, with a link below each figure.
+
+    Returns:
+        Name of the file below nbs/ -> its text.
+    """
+    files = {}
+    for i, cell in reversed(list(enumerate(nb.cells))):
+        texts = [o.data.pop("text/csv") for o in cell.get("outputs", []) if "text/csv" in o.get("data", {})]
+        packed = [o.data.pop("application/gzip") for o in cell.get("outputs", []) if "application/gzip" in o.get("data", {})]
+        texts += [gzip.decompress(base64.b64decode(data)).decode() for data in packed]
+        for k, text in enumerate(texts):
+            figure = cell.metadata.get("mystnb", {}).get("figure", {})
+            name = figure.get("name", f"figure-{i}") + (f"-{k + 1}" if len(texts) > 1 else "")
+            files[f"{page}-{name}.csv"] = text
+            link = f"{{download}}`The numbers (CSV) <{Path(page).name}-{name}.csv>`"
+            if "caption" in figure:
+                figure["caption"] += f" {link}"
+            else:
+                nb.cells.insert(i + 1, new_markdown_cell(link))
+    return files
 
 
 def unlink_missing(nb: nbformat.NotebookNode, runs: Iterable[str]) -> None:
@@ -552,7 +578,7 @@ def prepare() -> dict[str, str]:
     """Write the Sphinx sources; only files whose content changed are touched.
 
     Returns:
-        Page -> text of its source, for every page of the site.
+        File -> text, for every page of the site and the numbers behind its figures.
     """
     if not (NBS / "index.ipynb").is_file():
         raise BuildError("nbs/index.ipynb is missing: it is the site's front page")
@@ -564,15 +590,15 @@ def prepare() -> dict[str, str]:
     texts = {}
     for page in ["index", *(page for pages in sections.values() for page in pages)]:
         path = NBS / f"{page}.ipynb"
-        is_result = page.startswith("results/")
-        nb = process(run_results(path, tables, code) if is_result else path)
-        if is_result:
+        nb = process(run_results(path, tables, code))
+        if tables_of(path):  # it reads recorded runs: a page of results
             fold_code(nb)
             for line in note_provenance(nb, [tables.get(t.stem, t) for t in tables_of(path).values()]):
                 print(f"site: stale or incomplete: {shown(path)}: {line}", flush=True)
         unlink_missing(nb, runs)
         if page == "index":
             nb.cells.append(new_markdown_cell(toctrees(sections, bool(modules))))
+        texts |= offer_data(nb, page)
         texts[f"{page}.ipynb"] = as_text(nb)
     for run, folder in runs.items():
         texts[f"runs/{run}.ipynb"] = as_text(run_page(run, folder))
@@ -582,7 +608,8 @@ def prepare() -> dict[str, str]:
     for old in [path for path in SOURCE.rglob("*") if path.is_file()]:
         if old.relative_to(SOURCE).as_posix() not in texts:
             old.unlink()
-    print(f"site: {len(texts)} pages ({len(runs)} of runs), {len(changed)} sources changed", flush=True)
+    pages = sum(not name.endswith(".csv") for name in texts)
+    print(f"site: {pages} pages ({len(runs)} of runs), {len(changed)} sources changed", flush=True)
     return texts
 
 

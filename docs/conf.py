@@ -64,6 +64,7 @@ mathjax_path = "mathjax/tex-chtml-full.js"
 mathjax3_config = {"options": {"enableMenu": False}}  # the menu's extras are files that are not shipped
 
 html_theme = "sphinx_book_theme"
+html_context = {"default_mode": "auto"}
 html_title = project
 html_static_path = ["_static", str(ROOT / "_proc" / "static")]
 html_css_files = ["ctxnb.css"]
@@ -151,7 +152,16 @@ def escape_markup(app, what, name, obj, options, lines: list[str]) -> None:
         lines[i] = "".join(parts)
 
 
+def source_links_to_reference(app, env) -> None:
+    """From a module's source back to its reference: viewcode takes the first page that shows a name, a notebook's without the anchor."""
+    for module, entry in getattr(env, "_viewcode_modules", {}).items():
+        if entry:
+            used = entry[2]
+            used.update(dict.fromkeys(used, f"api/{module}"))
+
+
 def setup(app) -> None:
+    app.connect("env-updated", source_links_to_reference)
     app.set_html_assets_policy("always")  # a title with a formula stands in every page's sidebar
     app.add_config_value("exported_names", {}, "", [dict])
     app.add_directive("rst", ReStructuredText)

@@ -5,7 +5,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-PAGES = sorted((Path(__file__).parents[1] / "nbs" / "results").glob("*.ipynb"))
+NBS = Path(__file__).parents[1] / "nbs"
+PAGES = [*sorted((NBS / "results").glob("*.ipynb")), NBS / "about/claims.ipynb", NBS / "about/cite.ipynb"]
 
 
 def said(notebook) -> list[str]:
