@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from execnb.nbio import dict2nb
 from filelock import FileLock
 from nbdev import processors
-from nbformat.v4 import new_markdown_cell
+from nbformat.v4 import new_code_cell, new_markdown_cell
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
@@ -168,8 +168,17 @@ def process(path: Path) -> nbformat.NotebookNode:
         cell.metadata.pop("language", None)
         if cell.cell_type == "code":
             present_code(cell, module)
-    nb.cells = [cell for cell in nb.cells if cell.source.strip() or cell.get("outputs")]
+    nb.cells = [part for cell in nb.cells for part in words_apart(cell) if part.source.strip() or part.get("outputs")]
     return nb
+
+
+def words_apart(cell: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """MyST-NB makes a figure of every output of a cell with a caption; what is no picture gets a cell of its own."""
+    if "figure" not in cell.metadata.get("mystnb", {}):
+        return [cell]
+    words = [output for output in cell.outputs if not _has_image(output)]
+    cell.outputs = [output for output in cell.outputs if _has_image(output)]
+    return [cell, new_code_cell(outputs=words, metadata={"tags": []})] if words else [cell]
 
 
 def in_source_order(nb: nbformat.NotebookNode, module: str | None) -> None:
@@ -202,8 +211,8 @@ def present_code(cell: nbformat.NotebookNode, module: str | None) -> None:
     }
     if mystnb := {key: value for key, value in mystnb.items() if value}:
         cell.metadata["mystnb"] = mystnb
-        # MyST-NB makes a figure of every output; what a plotting call returned as text is none
-        cell.outputs = [o for o in cell.outputs if o.output_type != "execute_result" or _has_image(o)]
+        # what a plotting call returns is for nobody
+        cell.outputs = [o for o in cell.outputs if o.output_type != "execute_result" or o.data.keys() - {"text/plain"}]
     cell.metadata["tags"] = sorted(tags)
     # a widget needs a kernel and somebody's server; its other forms, if any, say nothing
     cell.outputs = [
