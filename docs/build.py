@@ -41,7 +41,7 @@ SECTIONS: list[tuple[str, str, str]] = [
     ("Theory", "theory", THEORY),
     ("Synthetic data", "synthetic", "tasks data models train features report"),
     ("Text and measuring", "language", "corpus tokens models measure report needle"),
-    ("Training", "training", "gpt data train report"),
+    ("Training", "training", "gpt data train counts report"),
     ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack"),
     ("Results", "results", ""),
     ("Run templates", "runs", ""),
