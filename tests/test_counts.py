@@ -98,7 +98,7 @@ def test_subset_and_targets_are_those_of_the_trained_models(store):
     assert run["loss"] == run["kneser_ney_loss"][-1]
 
 
-@pytest.mark.parametrize("name", ["train-quick"])
+@pytest.mark.parametrize("name", ["train-quick", "counts-quick"])
 def test_quick_tables_share_subsets_and_targets(name):
     """What the page lays side by side: the same documents, as many targets in each, the same data sizes and seeds."""
     table = pd.read_parquet(ROOT / f"data/results/{name}.parquet")
