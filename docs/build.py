@@ -40,11 +40,11 @@ SITE = ROOT / "site"
 THEORY = "decomposition bayes_risk fitting recovery spectrum intrinsic_entropy approximation optimal_context planner"
 # Sidebar: title, folder under nbs/, reading order of the names known to have one (others follow by name).
 SECTIONS: list[tuple[str, str, str]] = [
-    ("Results", "results", "advice train synthetic synthetic_features measure measure_features measure_own"),
+    ("Results", "results", "advice train counts synthetic synthetic_features measure measure_features measure_own"),
     ("Theory", "theory", THEORY),
     ("Synthetic data", "synthetic", "tasks data models train features report"),
     ("Measuring", "language", "corpus tokens models measure report needle"),
-    ("Training", "training", "gpt data train report"),
+    ("Training", "training", "gpt data train report counts"),
     ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack"),
     ("About", "about", "claims cite contribute"),
     ("Run templates", "runs", ""),
