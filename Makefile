@@ -45,7 +45,7 @@ export: .venv/.ready  ## write ctxnb/*.py and README.md from the notebooks, and 
 readme: .venv/.ready
 	@$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --no-input --output-dir . --output README \
 	  --NbConvertApp.output_files_dir=docs/readme nbs/index.ipynb
-	@sed -i -E 's#\]\(([a-z_/]+\.ipynb)\)#](nbs/\1)#g' README.md
+	@sed -i -E 's#\]\(([a-z_/]+\.ipynb)\)#](nbs/\1)#g; s#!\[png\]#![Loss against context length, a curve for each amount of training data; the minimum moves right with more data]#' README.md
 
 check: .venv/.ready  ## fail on export drift, uncleaned notebooks, lost parameters tags, notebooks over 300 kB
 	@$(MAKE) --no-print-directory export

@@ -296,7 +296,7 @@ def note_provenance(nb: nbformat.NotebookNode, tables: Iterable[Path]) -> list[s
         notes.append(f":::{{warning}}\n**Stale or incomplete.** This page shows what was recorded, but:\n\n{banner}\n:::")
     if lines:
         listed = "\n".join(f"- {line}" for line in lines)
-        notes.append(f":::{{admonition}} Made from\n:class: note\n\n{listed}\n:::")
+        notes.append(f":::{{admonition}} Made from\n:class: note provenance\n\n{listed}\n:::")
     if notes:
         nb.cells.insert(1, new_markdown_cell("\n\n".join(notes)))
     return wrong

@@ -160,8 +160,15 @@ def source_links_to_reference(app, env) -> None:
             used.update(dict.fromkeys(used, f"api/{module}"))
 
 
+def add_planner(app, page, template, context, doctree) -> None:
+    """The script of the planner, on a page that holds one."""
+    if '<div class="planner">' in context.get("body", ""):
+        app.add_js_file("planner.js")
+
+
 def setup(app) -> None:
     app.connect("env-updated", source_links_to_reference)
+    app.connect("html-page-context", add_planner)
     app.set_html_assets_policy("always")  # a title with a formula stands in every page's sidebar
     app.add_config_value("exported_names", {}, "", [dict])
     app.add_directive("rst", ReStructuredText)

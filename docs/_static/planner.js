@@ -180,7 +180,7 @@
     panel.innerHTML = `<label><span>pilots</span><select name="fit">${Object.keys(fits).map((name) => `<option>${name}</option>`).join("")}</select></label>`;
     const fit = panel.querySelector("select");
     const size = slider(panel, "tokens", "training tokens D", 3, 10, "any", 5), gamma = slider(panel, "gamma", "&gamma;, of the risk", 0.25, 2, "any", 1);
-    const dim = slider(panel, "dim", "dimension, times the fitted", 0.5, 2, "any", 1);
+    const dim = slider(panel, "dim", "dimension, &times; fitted", 0.5, 2, "any", 1);
     const exact = document.createElement("label");
     exact.innerHTML = '<span>D, exactly</span><input type="number" name="exact" min="2" step="any"><button type="button">back to the fit</button>';
     panel.append(exact);
@@ -208,7 +208,7 @@
         return;
       }
       const told = advise(pilots, tokens, what), asFitted = what.gamma === 1 && what.dim === 1;
-      size.nextElementSibling.textContent = g(tokens, 3);
+      size.nextElementSibling.textContent = tokens.toLocaleString("en", { maximumSignificantDigits: 3 });
       gamma.nextElementSibling.textContent = g(told.best[3], 3);
       dim.nextElementSibling.textContent = g(what.dim, 3);
       headline.textContent = told.refusal ? "No advice. The curve is what the law says there, not what the pilots support."
