@@ -432,10 +432,14 @@ def plot_against(losses: Losses, table: pd.DataFrame, names: Sequence[str]) -> F
     for ax, name in zip(axes.flat, names):
         x = table[name].to_numpy()
         _point_and_line(ax, x, losses.mean, np.stack([losses.mean - low, high - losses.mean]))
+        written = np.full(2, np.nan)  # where the last length was written: the next must stand clear of it
+        reach = np.array([np.nanmax(x) - np.nanmin(x), np.ptp(losses.mean)])
         for l, at, y in zip(losses.context_length, x, losses.mean):
-            if np.isfinite(at):
+            here = np.array([at, y])
+            if np.isfinite(at) and not (np.abs(here - written) < 0.07 * reach).all():
+                written = here
                 ax.annotate(str(l), (at, y), xytext=(4, 3), textcoords="offset points", fontsize="xx-small")
-        ax.set_xlabel(name, fontsize="small")
+        ax.set_xlabel(name)
     for ax in axes.flat[len(names):]:
         ax.set_axis_off()
     for ax in axes[:, 0]:
@@ -464,9 +468,9 @@ def plot_correlations(losses: Losses, table: pd.DataFrame) -> Figure:
     """
     joined = pd.concat([pd.Series(-losses.mean, table.index, name="negative loss"), table], axis=1)
     joined = joined.loc[:, joined.nunique() > 1]
-    fig, ax = plt.subplots(figsize=(9, 7.5), layout="constrained")
+    fig, ax = plt.subplots(figsize=(8.5, 7.2), layout="constrained")
     sns.heatmap(joined.corr(min_periods=4), vmin=-1, vmax=1, cmap="RdBu_r", ax=ax, xticklabels=True, yticklabels=True, cbar_kws={"label": "r"})
-    ax.tick_params(labelsize=6)
+    ax.tick_params(labelsize=7)
     return fig
 
 
