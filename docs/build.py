@@ -44,6 +44,7 @@ SECTIONS: list[tuple[str, str, str]] = [
     ("Training", "training", "gpt data train report"),
     ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack"),
     ("Results", "results", ""),
+    ("Try it", "try", "train synthetic measure"),
     ("Run templates", "runs", ""),
 ]
 ROOT_PAGES = "batch"  # notebooks beside index.ipynb (folders and paths) stand in this section
