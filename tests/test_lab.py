@@ -17,7 +17,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from browser import chromium, reason_not_to
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "for-this-test-only"
@@ -50,18 +50,24 @@ class Lab:
         expect(tab.get_by_text("| Idle").first).to_be_visible(timeout=MINUTE)
         return tab
 
-    def run_all(self, tab: Page, notebook: str) -> nbformat.NotebookNode:
-        """Run all cells as one does by the menu, wait, save, and read what was saved."""
+    def run_all(self, tab: Page) -> None:
+        """Start all cells, as one does by the menu."""
         tab.get_by_role("menuitem", name="Run", exact=True).click()
         tab.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        last = tab.locator(".jp-CodeCell .jp-InputArea-prompt").last
-        expect(last).to_have_text(r"[*]:")
-        expect(last).not_to_have_text(r"[*]:", timeout=2 * MINUTE)
+        expect(last_prompt(tab)).to_have_text("[*]:")
+
+    def ended(self, tab: Page, notebook: str) -> nbformat.NotebookNode:
+        """Wait until all cells have run, save, and read what was saved."""
+        expect(last_prompt(tab)).not_to_have_text("[*]:", timeout=2 * MINUTE)
         saved = self.project / "nbs" / notebook
         before = saved.stat().st_mtime_ns
         tab.keyboard.press("Control+s")
         wait(lambda: saved.stat().st_mtime_ns > before, f"{notebook} to be saved", 20)
         return nbformat.read(saved, as_version=4)
+
+
+def last_prompt(tab: Page) -> Locator:
+    return tab.locator(".jp-CodeCell .jp-InputArea-prompt").last
 
 
 def wait(true, what: str, seconds: float) -> None:
@@ -143,20 +149,31 @@ def test_opens_at_the_start_page(browser, lab):
 
 
 def test_a_theory_chapter_runs_top_to_bottom(browser, lab):
-    tab = lab.open(browser, "theory/decomposition.ipynb")
-    ran_well(lab.run_all(tab, "theory/decomposition.ipynb"))
+    tab = lab.open(browser, "theory/bayes_risk.ipynb")
+    lab.run_all(tab)
+    ran_well(lab.ended(tab, "theory/bayes_risk.ipynb"))
     assert shown_pictures(tab)
     tab.close()
 
 
-def test_training_is_watched_live(browser, lab):
+def test_training_is_watched_interrupted_and_goes_on(browser, lab):
     tab = lab.open(browser, "try/train.ipynb")
     tab.evaluate(WATCH_PICTURES)
-    notebook = lab.run_all(tab, "try/train.ipynb")
+    lab.run_all(tab)
+    tab.wait_for_function("window.pictures.size > 2", timeout=2 * MINUTE)  # an empty figure, and two with points
+    tab.get_by_role("button", name="Interrupt the kernel").click()
+    expect(tab.get_by_text("stopped; run the cell again")).to_be_visible(timeout=MINUTE)
+    notebook = lab.ended(tab, "try/train.ipynb")
+    ran_well(notebook)
+    assert "no result yet" in str(notebook.cells[-2].outputs)
+
+    before = tab.evaluate("window.pictures.size")
+    lab.run_all(tab)
+    notebook = lab.ended(tab, "try/train.ipynb")
     ran_well(notebook)
     assert shown_pictures(tab) >= 2  # the live curve, and the run among the recorded ones
-    changes = tab.evaluate("window.pictures.size")
-    assert changes >= 4, f"the live curve was drawn {changes - 1} times while the run worked"
+    changes = tab.evaluate("window.pictures.size") - before
+    assert changes > 4, f"the curve was drawn {changes - 1} times while the run worked"
     (result,) = (lab.project / "runs").glob("train-*/result.json")
     assert f"Yours: {json.loads(result.read_text())['loss']:.3f}" in str(notebook.cells[-2].outputs)
     tab.close()

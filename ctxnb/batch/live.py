@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cells', 'Seen', 'look', 'run_live']
 
-# %% ../../nbs/batch/live.ipynb #4fd146ff
+# %% ../../nbs/batch/live.ipynb #4cf2762d
 import contextlib
 import io
 import json
@@ -30,7 +30,7 @@ from .grid import Grid, GridError, Run
 from .launch import Plan, launch
 from .record import LOG, RESULT
 
-# %% ../../nbs/batch/live.ipynb #49d63bc2
+# %% ../../nbs/batch/live.ipynb #0b3d65b1
 def cells(grid: Grid, **values: Any) -> Grid:
     """Some cells of a grid, or cells beside it: the same experiment with other values.
 
@@ -58,7 +58,7 @@ def cells(grid: Grid, **values: Any) -> Grid:
     fixed = {name: value for name, value in grid.parameters.items() if name not in axes}
     return replace(grid, parameters=fixed, axes=axes)
 
-# %% ../../nbs/batch/live.ipynb #d52e7bd1
+# %% ../../nbs/batch/live.ipynb #49fc1455
 @dataclass(frozen=True)
 class Seen:
     """What a run has written so far.
@@ -118,7 +118,7 @@ def _read(state: RunState, name: str) -> str:
     except OSError:
         return ""
 
-# %% ../../nbs/batch/live.ipynb #2d3ccce3
+# %% ../../nbs/batch/live.ipynb #59ef0c71
 def run_live(
     plan: Plan,
     draw: Callable[[Axes, list[Seen]], None],
@@ -126,7 +126,7 @@ def run_live(
     alt: str = "what the runs have written so far",
     every: float = 0.5,
 ) -> list[Seen]:
-    """Execute what is missing of a plan, one run at a time, and draw what is there, again and again, until all have ended.
+    """Execute what is missing of a plan, as many runs at a time as the grid says, and draw what is there, again and again, until all have ended.
 
     Args:
         plan: from `plan(..., build=True)`.
@@ -167,8 +167,10 @@ def run_live(
 def _launch(plan: Plan, tell: Connection) -> None:
     """What the launcher's process does. What it would print, one line for each run, the figure shows already."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(KeyboardInterrupt):
+        # as many threads as in a launch of the whole grid: the same numbers, and a small model is no faster on more
+        os.environ.setdefault("OMP_NUM_THREADS", str(plan.grid.resources.cpus or max(1, len(os.sched_getaffinity(0)) // plan.grid.resources.workers)))
         try:
-            launch(plan, workers=1, retry_failed=True)
+            launch(plan, retry_failed=True)
         except GridError as error:
             tell.send(str(error))
 
@@ -222,4 +224,5 @@ class _Screen:
             return f"failed: {failed[0].run.label}: {failed[0].reason}; ctxnb logs {failed[0].run.id}"
         if self.interrupted:
             return "stopped; run the cell again, and it goes on"
-        return next((f"at work: {state.run.label}" for state in states if state.state == "running"), "starting")
+        running = "; ".join(state.run.label for state in states if state.state == "running")
+        return f"at work: {running}" if running else "starting"
