@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cells', 'Seen', 'look', 'run_live']
 
-# %% ../../nbs/batch/live.ipynb #71fa43a3
+# %% ../../nbs/batch/live.ipynb #44212cc8
 import contextlib
 import io
 import json
@@ -30,7 +30,7 @@ from .grid import Grid, GridError, Run
 from .launch import Plan, launch
 from .record import LOG, RESULT
 
-# %% ../../nbs/batch/live.ipynb #0e341a91
+# %% ../../nbs/batch/live.ipynb #499e619f
 def cells(grid: Grid, **values: Any) -> Grid:
     """Some cells of a grid, or cells beside it: the same experiment with other values.
 
@@ -58,7 +58,7 @@ def cells(grid: Grid, **values: Any) -> Grid:
     fixed = {name: value for name, value in grid.parameters.items() if name not in axes}
     return replace(grid, parameters=fixed, axes=axes)
 
-# %% ../../nbs/batch/live.ipynb #59723a1b
+# %% ../../nbs/batch/live.ipynb #690ed9ab
 @dataclass(frozen=True)
 class Seen:
     """What a run has written so far.
@@ -118,7 +118,7 @@ def _read(state: RunState, name: str) -> str:
     except OSError:
         return ""
 
-# %% ../../nbs/batch/live.ipynb #b6b48b80
+# %% ../../nbs/batch/live.ipynb #dcc2ca51
 def run_live(
     plan: Plan,
     draw: Callable[[Axes, list[Seen]], None],
