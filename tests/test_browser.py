@@ -22,8 +22,11 @@ LOOK = r"""async () => {
     const name = figure => figure.getAttribute('alt') || figure.getAttribute('aria-label') || figure.querySelector('title')?.textContent || '';
     const nameless = figure => !name(figure).trim() || /\.(png|svg|jpe?g|webp)$/.test(name(figure));  // its file: docutils' own makeshift
     const where = figure => (figure.closest('[id]')?.id || '') + ' ' + figure.outerHTML.slice(0, 80);
-    const spills = element => getComputedStyle(element).overflowX === 'visible' && element.scrollWidth > element.clientWidth
-        && element.getBoundingClientRect().left + element.scrollWidth > window.innerWidth + 1 && !element.closest('pre, .bd-sidebar-secondary');
+    const right = element => element.getBoundingClientRect().left + Math.max(element.scrollWidth, element.offsetWidth || 0);
+    const boxed = element => element.tagName !== 'MAIN' && (getComputedStyle(element).overflowX !== 'visible'
+        && element.getBoundingClientRect().right <= window.innerWidth + 1 || boxed(element.parentElement));  // scrolls by itself
+    const spills = element => right(element) > window.innerWidth + 1 && !boxed(element) && !element.closest('.bd-sidebar-secondary')
+        && !getComputedStyle(element).display.startsWith('inline');
     const figures = [...document.querySelectorAll('main img, main svg')].filter(shown);
     await Promise.all(figures.map(figure => figure.decode?.().catch(() => null)));
     const empty = figure => {
