@@ -29,8 +29,8 @@ run: .venv/.ready  ## run the quick grids, build the site, print the answer (abo
 site: .venv/.ready  ## rebuild the site from the notebooks and the tables at hand
 	$(BIN)/python docs/build.py
 
-lab: .venv/.ready  ## open JupyterLab on nbs/
-	cd nbs && ../$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root)
+lab: .venv/.ready  ## open JupyterLab at its start page
+	cd nbs && ../$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/start.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: .venv/.ready  ## run the cells of all notebooks, then the tests
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing

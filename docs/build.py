@@ -41,12 +41,13 @@ THEORY = "decomposition bayes_risk fitting recovery spectrum intrinsic_entropy a
 # Sidebar: title, folder under nbs/, reading order of the names known to have one (others follow by name).
 SECTIONS: list[tuple[str, str, str]] = [
     ("Results", "results", "advice train counts synthetic synthetic_features measure measure_features measure_own"),
+    ("Try it", "try", "train synthetic measure"),
     ("Theory", "theory", THEORY),
     ("Synthetic data", "synthetic", "tasks data models train features report"),
     ("Measuring", "language", "corpus tokens models measure report needle"),
     ("Training", "training", "gpt data train report counts"),
-    ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack"),
-    ("About", "about", "claims cite contribute"),
+    ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack live"),
+    ("About", "about", "claims cite contribute start"),
     ("Run templates", "runs", ""),
 ]
 ROOT_PAGES = "about"  # notebooks beside index.ipynb stand in this section

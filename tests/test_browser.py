@@ -1,0 +1,160 @@
+"""The built site as a person meets it: every page in a real browser, on a desk and on a phone, without a network."""
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlsplit
+
+import pytest
+from browser import chromium, reason_not_to
+from playwright.sync_api import Page, expect
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = ROOT / "site"
+WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
+SINGLE_RUNS = 2  # pages of single runs differ in numbers only: so many of them are opened
+pytestmark = pytest.mark.slow  # about 50 s: each page is loaded twice
+
+LOOK = r"""async () => {
+    await window.MathJax?.startup?.promise;
+    const shown = element => element.checkVisibility() && !element.closest('mjx-container, [aria-hidden=true], .svg-inline--fa');
+    const name = figure => figure.getAttribute('alt') || figure.getAttribute('aria-label') || figure.querySelector('title')?.textContent || '';
+    const nameless = figure => !name(figure).trim() || /\.(png|svg|jpe?g|webp)$/.test(name(figure));  // its file: docutils' own makeshift
+    const where = figure => (figure.closest('[id]')?.id || '') + ' ' + figure.outerHTML.slice(0, 80);
+    const right = element => element.getBoundingClientRect().left + Math.max(element.scrollWidth, element.offsetWidth || 0);
+    const boxed = element => element.tagName !== 'MAIN' && (getComputedStyle(element).overflowX !== 'visible'
+        && element.getBoundingClientRect().right <= window.innerWidth + 1 || boxed(element.parentElement));  // scrolls by itself
+    const spills = element => right(element) > window.innerWidth + 1 && !boxed(element) && !element.closest('.bd-sidebar-secondary')
+        && !getComputedStyle(element).display.startsWith('inline');
+    const figures = [...document.querySelectorAll('main img, main svg')].filter(shown);
+    await Promise.all(figures.map(figure => figure.decode?.().catch(() => null)));
+    const empty = figure => {
+        const box = figure.getBoundingClientRect();
+        return box.width < 2 || box.height < 2 || figure.naturalWidth === 0;
+    };
+    return {
+        figures: figures.length,
+        empty: figures.filter(empty).map(where),
+        nameless: figures.filter(nameless).map(where),
+        wide: document.documentElement.scrollWidth - window.innerWidth,
+        widest: [...document.querySelectorAll('main *')]
+            .filter(element => spills(element) && ![...element.children].some(spills))
+            .map(element => `${element.tagName.toLowerCase()} "${element.textContent.trim().slice(0, 40)}"`),
+        anchors: [...document.querySelectorAll('[id], a[name]')].map(element => element.id || element.name),
+        links: [...document.querySelectorAll('a[href]')].map(link => link.href),
+    };
+}"""
+
+
+@dataclass
+class Visit:
+    """What a browser found on one page at one width."""
+
+    page: str
+    width: str
+    errors: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    found: dict = field(default_factory=dict)
+
+
+def pages() -> list[str]:
+    """Paths of the site's pages, with a few of those of single runs."""
+    names = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html"))
+    runs = [name for name in names if re.fullmatch(r"runs/[\w-]*-?[0-9a-f]{12,}\.html", name)]
+    return [name for name in names if name not in runs[SINGLE_RUNS:]]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if reason := reason_not_to():
+        pytest.skip(reason)
+    if not (SITE / "index.html").is_file():
+        subprocess.run([sys.executable, ROOT / "docs" / "build.py"], check=True)
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def visits(browser) -> list[Visit]:
+    """Every page at both widths, opened once for all tests of this file."""
+    return [visit for width in WIDTHS for visit in tour(browser, width)]
+
+
+def tour(browser, width: str) -> list[Visit]:
+    visits = []
+    x, y = WIDTHS[width]
+    with browser.new_context(viewport={"width": x, "height": y}, offline=True) as context:
+        tab = context.new_page()
+        tab.on("console", lambda message: visits[-1].errors.append(message.text) if message.type == "error" else None)
+        tab.on("pageerror", lambda error: visits[-1].errors.append(str(error)))
+        tab.on("requestfailed", lambda request: visits[-1].errors.append(f"not loaded: {request.url}"))
+        tab.on("request", lambda request: visits[-1].outside.append(request.url) if is_outside(request.url) else None)
+        for page in pages():
+            visits.append(Visit(page, width))
+            tab.goto((SITE / page).as_uri())
+            visits[-1].found = tab.evaluate(LOOK)
+    return visits
+
+
+def is_outside(url: str) -> bool:
+    """Whether a request leaves the site's folder."""
+    return not url.startswith((SITE.as_uri() + "/", "data:", "blob:"))
+
+
+def none(problems: list[str]) -> None:
+    assert not problems, f"{len(problems)} found:\n" + "\n".join(problems)
+
+
+def test_pages_load_without_errors(visits):
+    assert len(visits) == len(WIDTHS) * len(pages()) > 0
+    none([f"{visit.page} ({visit.width}): {error}" for visit in visits for error in visit.errors])
+
+
+def test_no_page_asks_for_anything_outside_the_site(visits):
+    none([f"{visit.page} ({visit.width}) asks for {url}" for visit in visits for url in visit.outside])
+
+
+def test_figures_have_a_size_and_an_alternative_text(visits):
+    assert any(visit.found["figures"] for visit in visits)
+    none([f"{visit.page} ({visit.width}): no size: {figure}" for visit in visits for figure in visit.found["empty"]]
+         + [f"{visit.page}: no alternative text: {figure}" for visit in visits if visit.width == "desk" for figure in visit.found["nameless"]])
+
+
+def test_no_page_scrolls_sideways_on_a_phone(visits):
+    none([f"{visit.page}: {visit.found['wide']} px too wide, because of {'; '.join(visit.found['widest'][:3])}"
+          for visit in visits if visit.width == "phone" and visit.found["wide"] > 1])
+
+
+def test_links_between_pages_lead_somewhere(visits):
+    anchors = {(SITE / visit.page).as_uri(): set(visit.found["anchors"]) for visit in visits}
+    broken = {}
+    for visit in visits:
+        for link in visit.found["links"]:
+            url, anchor = urldefrag(link)
+            url = url.partition("?")[0]
+            if url.startswith("file:"):
+                if not Path(unquote(urlsplit(url).path)).is_file():
+                    broken[link] = visit.page
+                elif anchor and url in anchors and not {anchor, unquote(anchor)} & anchors[url]:
+                    broken[link] = visit.page
+    none([f"{page} links to {link}" for link, page in broken.items()])
+
+
+def search(tab: Page, words: str) -> list[str]:
+    """Type words into the theme's search field, as a reader does, and return the titles found."""
+    tab.goto((SITE / "index.html").as_uri())
+    tab.get_by_role("button", name="Search").first.click()
+    tab.locator("input[type=search]:visible").first.fill(words)
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#search-results .search-summary")).to_contain_text("finished", timeout=20_000)
+    return tab.locator("#search-results li").all_inner_texts()
+
+
+@pytest.mark.parametrize("words, page", [("optimal context", "theory/optimal_context.html"), ("bayes_risk", "api/ctxnb.theory.bayes_risk.html")])
+def test_search_finds(browser, words, page):
+    with browser.new_context(viewport={"width": 1280, "height": 900}, offline=True) as context:
+        tab = context.new_page()
+        assert search(tab, words), f"nothing found for {words!r}"
+        found = tab.locator("#search-results li a").evaluate_all("links => links.map(link => link.href)")
+    assert any(urlsplit(link).path.endswith("/" + page) for link in found), f"{page} is not among {found}"
