@@ -8,7 +8,10 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
 from browser import chromium, reason_not_to
+from click.testing import CliRunner
 from playwright.sync_api import Page, expect
+
+from ctxnb.theory.planner import advise
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "site"
@@ -158,3 +161,47 @@ def test_search_finds(browser, words, page):
         assert search(tab, words), f"nothing found for {words!r}"
         found = tab.locator("#search-results li a").evaluate_all("links => links.map(link => link.href)")
     assert any(urlsplit(link).path.endswith("/" + page) for link in found), f"{page} is not among {found}"
+
+
+@pytest.fixture(scope="module")
+def planner(browser):
+    """The planner's page, and its pilots as the reader may save them: title -> table file."""
+    with browser.new_context(viewport={"width": 1280, "height": 900}, offline=True) as context:
+        tab = context.new_page()
+        tab.goto((SITE / "results/advice.html").as_uri())
+        tab.locator("div.planner pre").filter(has_text=re.compile("training tokens|Refused")).wait_for()
+        links = tab.locator("a.download").evaluate_all("links => links.map(link => link.href)")
+        tables = [Path(unquote(urlsplit(link).path)) for link in links if link.endswith(".csv")]
+        titles = tab.locator("div.planner select option").all_inner_texts()
+        yield tab, dict(zip(titles, sorted(tables, key=lambda path: titles.index(path.read_text().splitlines()[0].removeprefix("# "))), strict=True))
+
+
+def command_says(table: Path, tokens: float) -> str:
+    done = CliRunner().invoke(advise, [str(table), "--train-tokens", str(tokens)])
+    assert done.exit_code in (0, 3), done.output
+    return done.output.strip()
+
+
+@pytest.mark.parametrize("tokens", [30_000, 128_000, 2_000_000, 50_000_000])
+def test_planner_says_what_the_command_says(planner, tokens):
+    tab, tables = planner
+    for title, table in tables.items():
+        tab.locator("div.planner select").select_option(title)
+        tab.locator("div.planner input[name=exact]").fill(str(tokens))
+        said = tab.locator("div.planner pre").inner_text()
+        assert said == command_says(table, tokens), title
+
+
+def test_planner_follows_its_sliders(planner):
+    tab, tables = planner
+    tab.locator("div.planner select").select_option(index=2)  # pilots that support an answer
+    words = tab.locator("div.planner pre")
+    for name in ("tokens", "gamma", "dim"):
+        tab.get_by_role("button", name="back to the fit").click()
+        before, curve = words.inner_text(), tab.locator("div.planner path.total").get_attribute("d")
+        tab.locator(f"div.planner input[name={name}]").focus()
+        tab.keyboard.press("ArrowLeft")
+        assert words.inner_text() != before and tab.locator("div.planner path.total").get_attribute("d") != curve
+        assert words.inner_text().startswith("For" if name == "tokens" else "What if"), name
+    tab.get_by_role("button", name="back to the fit").click()
+    assert words.inner_text() == before
