@@ -58,6 +58,7 @@ autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 add_module_names = False
+viewcode_follow_imported_members = False  # the source of what a page describes, not of what it comes from
 
 # MathJax from the page's own folder; `docs/build.py` puts it there
 mathjax_path = "mathjax/tex-chtml-full.js"

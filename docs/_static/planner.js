@@ -99,8 +99,14 @@
 
   // --- numbers as Python writes them
   function g(x, digits) {
-    const [mantissa, power] = x.toExponential(digits - 1).split("e").map(Number);
-    if (power >= -4 && power < digits) return String(Number(x.toPrecision(digits)));
+    let [mantissa, power] = x.toExponential(digits - 1).split("e").map(Number);
+    const [exact, scale] = x.toExponential(20).split("e");
+    if (/^50*$/.test(exact.replace(/[-.]/g, "").slice(digits))) { // halfway: to the even digit
+      mantissa = Number(exact.slice(0, digits + 1 + exact.startsWith("-")));
+      if (Number(exact.replace(/[-.]/g, "")[digits - 1]) % 2) [mantissa, power] = x.toExponential(digits - 1).split("e").map(Number);
+      else power = Number(scale);
+    }
+    if (power >= -4 && power < digits) return String(Number(`${mantissa}e${power}`));
     return `${mantissa}e${power < 0 ? "-" : "+"}${String(Math.abs(power)).padStart(2, "0")}`;
   }
   const percent = (share, digits) => `${(100 * share).toFixed(digits)}%`;
