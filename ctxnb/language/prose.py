@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from filelock import FileLock
@@ -30,9 +31,12 @@ from tqdm import tqdm
 
 from ..paths import data_dir, write_atomic
 
+if TYPE_CHECKING:
+    from ctxnb.language.tokens import TokenStore
+
 # %% auto #0
 __all__ = ['SOURCES', 'PROSE_SHA256', 'read_package', 'plain_text', 'tidy', 'sword_text', 'r_strings', 'sections', 'Source',
-           'fetch', 'without_repeats', 'prose_path', 'text_sha256', 'build_prose', 'prose']
+           'fetch', 'without_repeats', 'prose_path', 'text_sha256', 'build_prose', 'prose', 'prose_store']
 
 # %% ../../nbs/language/prose.ipynb #01e81eac
 def read_package(file: Path) -> dict[str, bytes]:
@@ -553,3 +557,33 @@ def prose(context: click.Context, output: Path | None, mirror: str) -> None:
         )
     total = sum(source["gpt2_tokens"] for source in sources)
     click.echo(f"{output or prose_path()}: {sum(s['documents'] for s in sources)} documents, {total / 1e6:.2f} M GPT-2 tokens")
+
+# %% ../../nbs/language/prose.ipynb #96857401
+def prose_store(
+    corpus: str,
+    tokenizer: str = "gpt2",
+    min_tokens: int = 1,
+    build: bool = True,
+) -> TokenStore | None:
+    """Token store of the prose corpus, for the `data` entry of a grid.
+
+    Args:
+        corpus: path of the corpus file; where there is none, the corpus is built.
+        tokenizer: name or folder of the tokenizer, see `token_store`.
+        min_tokens: documents of fewer tokens are left out.
+        build: whether to build what is not there.
+
+    Returns:
+        The store, or None when it, or the corpus, is not there and `build` is false.
+
+    Raises:
+        ConnectionError: when a package has to be fetched and can't be.
+        ValueError: as `build_prose` and `token_store`.
+    """
+    from ctxnb.language.tokens import token_store
+
+    if not Path(corpus).expanduser().exists():
+        if not build:
+            return None
+        build_prose(Path(corpus))
+    return token_store(corpus, tokenizer, min_tokens=min_tokens, build=build)
