@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SOURCES', 'PROSE_SHA256', 'read_package', 'plain_text', 'tidy', 'sword_text', 'r_strings', 'sections', 'Source',
-           'fetch', 'without_repeats', 'prose_path', 'text_sha256', 'build_prose', 'prose', 'prose_store']
+           'fetch', 'without_repeats', 'prose_path', 'text_sha256', 'build_prose', 'prose_store']
 
 # %% ../../nbs/language/prose.ipynb #01e81eac
 def read_package(file: Path) -> dict[str, bytes]:
@@ -478,13 +478,16 @@ def build_prose(
     output = Path(output or prose_path()).expanduser()
     if output.suffix != ".parquet":
         raise ValueError(f"output {output} ends in {output.suffix!r}, expected .parquet")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    record = output.with_suffix(".json")
-    with FileLock(output.with_name(f".{output.name}.lock")):
+    record, packages = output.with_suffix(".json"), data_dir() / "corpora" / "packages"
+    for folder in (output.parent, packages):
+        folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(packages / ".lock"):
+        for leftover in packages.glob(".fetch.*"):  # of a killed process: we hold the lock
+            shutil.rmtree(leftover)
         if output.exists():
             _refuse_other(output)
         if not (output.exists() and record.exists()):
-            sources, rows = _read_sources(data_dir() / "corpora" / "packages", mirror)
+            sources, rows = _read_sources(packages, mirror)
             digest = text_sha256(text for _, _, text in rows)
             if digest != PROSE_SHA256:
                 raise ValueError(
@@ -536,7 +539,7 @@ def _parquet(rows: list[tuple[str, str, str]]) -> bytes:
     pyarrow.parquet.write_table(pyarrow.table(columns), out, compression="zstd", row_group_size=64)
     return out.getvalue().to_pybytes()
 
-
+# %% ../../nbs/language/prose.ipynb #4528bb22
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="File to write (default: data/corpora/prose.parquet).")
 @click.option("--mirror", default="", metavar="URL", help="Debian mirror to fetch from, the part before /pool (default: apt-get download).")
