@@ -89,7 +89,7 @@ def _name_lost(plan: Plan) -> bool:
 class _Group(click.Group):
     """The group, with commands of the experiments that are imported only when called: `status` must not wait for scipy."""
 
-    lazy = {"advise": "ctxnb.theory.planner"}
+    lazy = {"advise": "ctxnb.theory.planner", "prose": "ctxnb.language.prose"}
 
     def list_commands(self, context: click.Context) -> list[str]:
         return sorted([*super().list_commands(context), *self.lazy])

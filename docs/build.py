@@ -44,7 +44,7 @@ SECTIONS: list[tuple[str, str, str]] = [
     ("Try it", "try", "train synthetic measure"),
     ("Theory", "theory", THEORY),
     ("Synthetic data", "synthetic", "tasks data models train features report"),
-    ("Measuring", "language", "corpus tokens models measure report needle"),
+    ("Measuring", "language", "corpus prose tokens models measure report needle"),
     ("Training", "training", "gpt data train report counts"),
     ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack live"),
     ("About", "about", "claims cite contribute start"),
