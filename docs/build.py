@@ -179,7 +179,8 @@ def words_apart(cell: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
         return [cell]
     words = [output for output in cell.outputs if not _has_image(output)]
     cell.outputs = [output for output in cell.outputs if _has_image(output)]
-    return [cell, new_code_cell(outputs=words, metadata={"tags": []})] if words else [cell]
+    # MyST-NB passes over a cell without source
+    return [cell, new_code_cell("# the words of the figure above", outputs=words, metadata={"tags": ["remove-input"]})] if words else [cell]
 
 
 def in_source_order(nb: nbformat.NotebookNode, module: str | None) -> None:

@@ -1,5 +1,7 @@
 """The site builder on a tiny project: what a reader must find, and what must not be in it."""
 
+import base64
+import gzip
 import json
 import os
 import re
@@ -12,6 +14,8 @@ import nbformat
 import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from ctxnb.figures import CSV_TYPE
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow  # about 45 s: each build starts Python, nbdev and Sphinx anew
@@ -39,8 +43,12 @@ THEORY = [
             new_output("execute_result", {"text/plain": "<Axes>"}, execution_count=1),
             new_output(
                 "display_data",
-                {"image/svg+xml": "<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>"},
+                {
+                    "image/svg+xml": "<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
+                    CSV_TYPE: base64.b64encode(gzip.compress(b"x,y\n1,2\n")).decode(),
+                },
             ),
+            new_output("execute_result", {"text/markdown": "In **words**.", "text/plain": "<Markdown>"}, execution_count=1),
         ],
     ),
 ]
@@ -143,6 +151,14 @@ def test_notebook_pages_are_for_readers(project):
     assert 'alt="A falling line."' in page
     api = (project / "site/api/ctxnb.theory.law.html").read_text()
     assert 'id="ctxnb.theory.law.LawResult"' in api and "One law, one figure." in api
+
+
+def test_numbers_and_words_of_a_figure(project):
+    page = (project / "site/theory/law.html").read_text()
+    (link,) = re.findall(r'href="(\.\./_downloads/[^"]+/law-fig-law\.csv)"', page)
+    assert (project / "site/theory" / link).read_text() == "x,y\n1,2\n"
+    assert page.index("<figcaption") < page.index(link) < page.index("</figcaption>")
+    assert page.count("<figure") == 1 and "In <strong>words</strong>." in page  # beside the figure, not in it
 
 
 def test_search_knows_functions_but_not_runs(project):
