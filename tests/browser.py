@@ -2,9 +2,9 @@
 import contextlib
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 
+from debian import install
 from playwright.sync_api import Browser, sync_playwright
 
 PACKAGES = ("chromium", "fonts-dejavu-core")
@@ -16,12 +16,7 @@ def reason_not_to() -> str:
         return ""
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         return "chromium is not installed, and installing it needs root and apt-get"
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            return f"{' '.join(command)} failed: {done.stderr.strip()[-200:]}"
-    return ""
+    return install(*PACKAGES)
 
 
 @contextlib.contextmanager

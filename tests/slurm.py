@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from debian import install
+
 PACKAGES = ("slurm-wlm", "munge")
 CONFIG = """\
 ClusterName=test
@@ -67,12 +69,7 @@ def reason_not_to() -> str:
         return ""
     if not shutil.which("apt-get"):
         return "slurm-wlm and munge are not installed, and there is no apt-get to install them"
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            return f"{' '.join(command)} failed: {done.stderr.strip()[-200:]}"
-    return ""
+    return install(*PACKAGES)
 
 
 class Slurm:
