@@ -59,11 +59,11 @@ class Lab:
     def ended(self, tab: Page, notebook: str) -> nbformat.NotebookNode:
         """Wait until all cells have run, save, and read what was saved."""
         expect(last_prompt(tab)).not_to_have_text("[*]:", timeout=2 * MINUTE)
-        saved = self.project / "nbs" / notebook
-        before = saved.stat().st_mtime_ns
-        tab.keyboard.press("Control+s")
-        wait(lambda: saved.stat().st_mtime_ns > before, f"{notebook} to be saved", 20)
-        return nbformat.read(saved, as_version=4)
+        with tab.expect_request(lambda request: request.method == "PUT" and "/api/contents/" in request.url) as save:
+            tab.keyboard.press("Control+s")
+        answer = save.value.response()  # the file may be empty while the server still writes it
+        assert answer.ok, f"{notebook} was not saved: {answer.status} {answer.status_text}"
+        return nbformat.read(self.project / "nbs" / notebook, as_version=4)
 
 
 def last_prompt(tab: Page) -> Locator:
