@@ -40,7 +40,7 @@ SITE = ROOT / "site"
 THEORY = "decomposition bayes_risk fitting recovery spectrum intrinsic_entropy approximation optimal_context planner"
 # Sidebar: title, folder under nbs/, reading order of the names known to have one (others follow by name).
 SECTIONS: list[tuple[str, str, str]] = [
-    ("Results", "results", "advice train counts synthetic synthetic_sweep synthetic_features measure measure_features measure_own"),
+    ("Results", "results", "advice train train_sweep counts synthetic synthetic_sweep synthetic_features measure measure_features measure_own"),
     ("Try it", "try", "train synthetic measure"),
     ("Theory", "theory", THEORY),
     ("Synthetic data", "synthetic", "tasks data models train features report"),

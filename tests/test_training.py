@@ -146,6 +146,26 @@ def test_exact_context_loss_equals_one_forward_per_target(store, l):
         assert evaluation.loss == pytest.approx(np.mean(direct), abs=1e-5)
 
 
+def test_shuffling_moves_the_far_tokens_and_no_others(store, monkeypatch):
+    targets = draw_targets(store, "test", max_context=128, per_document=20)
+    model = gpt(gpt_config(store.vocab_size, layers=1, heads=2, width=16, max_context=128), seed=0)
+    seen = []
+
+    def look(model, ids, last_only=False):
+        seen.append(ids.numpy().copy())
+        return torch.zeros(len(ids), 1)
+
+    monkeypatch.setattr("ctxnb.training.train.next_token_losses", look)
+    for batch in (64, 10**6):  # the order does not depend on how targets are batched
+        evaluate(model, store, targets, 32, batch_tokens=batch, shuffled=20)
+    whole, plain = seen[-1], targets.windows(store, 32)
+    assert (np.concatenate(seen[:-1]) == whole).all()
+    assert (whole[:, 20:] == plain[:, 20:]).all()
+    assert (np.sort(whole[:, :20]) == np.sort(plain[:, :20])).all()
+    # 20 letters fall into the order they had with a chance of less than 1e-6 in any ordinary text
+    assert (whole[:, :20] != plain[:, :20]).any(axis=1).all()
+
+
 # --- training -----------------------------------------------------------------------------------------------
 
 
@@ -169,6 +189,10 @@ def test_the_folder_is_the_model(store, tmp_path):
     dev = draw_targets(store, "dev", 128, TINY["dev_targets"])
     assert evaluate(model, store, dev, 16).loss == pytest.approx(result["dev_loss"], abs=1e-4)  # the chosen one
     assert model.config.ctxnb["context_length"] == 16
+    assert result["eval_context"] == [1, 2, 4, 8, 16]
+    for visible, loss in zip(result["eval_context"], result["context_loss"]):
+        assert evaluate(model, store, test, visible).loss == pytest.approx(loss, abs=1e-4)
+    assert evaluate(model, store, test, 16, shuffled=8).loss == pytest.approx(result["shuffled_loss"], abs=1e-4)
 
 
 RUN = """

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'read_runs', 'Curve', 'curves', 'headline', 'moves', 'plot_loss', 'plot_two_views', 'plot_positions',
-           'run_table', 'settings']
+           'shorter', 'plot_shorter', 'run_table', 'settings']
 
 # %% ../../nbs/training/report.ipynb #d3466786
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from ..figures import context_colours, data_colours
 
 # %% ../../nbs/training/report.ipynb #5be5098f
-COLUMNS = ("run", "context_length", "train_tokens", "seed", "loss", "block_loss", "position_loss", "document_loss",
-           "document_targets")
+COLUMNS = ("run", "context_length", "train_tokens", "seed", "loss", "block_loss", "position_loss", "eval_context",
+           "context_loss", "shuffled_loss", "document_loss", "document_targets")
 
 
 def read_runs(
@@ -297,6 +297,58 @@ def plot_positions(
             axis.scatter([length], [mean[-1]], color=[colours[length]], s=18, zorder=3)
         _context_axis(axis, np.array(lengths))
         axis.set_xlabel("position = visible tokens")
+        axis.set_title(f"{size:,} training tokens", fontsize="medium")
+    axes[0, 0].set_ylabel(f"cross-entropy (nats per {unit})")
+    _legend(axes[0, -1], "trained with l")
+    sns.despine(figure)
+    figure.tight_layout()
+    return figure
+
+
+def shorter(
+    table: pd.DataFrame,
+) -> pd.DataFrame:
+    """Loss of each trained model at its own and at shorter contexts, in long form.
+
+    Args:
+        table: from `read_runs`.
+
+    Returns:
+        One row per run and visible length: `train_tokens`, `context_length` (trained with), `seed`, `visible` (tokens
+        before the target) and `loss`, nats per token.
+    """
+    keys = ["train_tokens", "context_length", "seed"]
+    long = table[[*keys, "eval_context", "context_loss"]].explode(["eval_context", "context_loss"], ignore_index=True)
+    long = long.rename(columns={"eval_context": "visible", "context_loss": "loss"})
+    return long.astype({"visible": int, "loss": float})
+
+
+def plot_shorter(
+    table: pd.DataFrame,
+    unit: str = "token",
+) -> Figure:
+    """Loss against the visible context, one line per context length trained with, one panel per data size.
+
+    Args:
+        table: from `read_runs`.
+        unit: what a token is, for the axis.
+
+    Returns:
+        The figure: means over seeds on the same targets; the dot at the end of a line is the model at its own length,
+        and the dotted line joins these dots.
+    """
+    long, sizes = shorter(table), sorted(table.train_tokens.unique())
+    colours = context_colours(sorted(table.context_length.unique()))
+    figure, axes = plt.subplots(1, len(sizes), figsize=(2.7 * len(sizes) + 0.8, 3.4), sharey=True, squeeze=False)
+    for axis, size in zip(axes[0], sizes):
+        mean = long[long.train_tokens == size].groupby(["context_length", "visible"]).loss.mean()
+        own = {length: mean[length, length] for length in colours}
+        axis.plot(own.keys(), own.values(), color="0.3", ls=":", lw=1)
+        for length, colour in colours.items():
+            axis.plot(mean[length].index, mean[length], color=colour, label=str(length))
+            axis.scatter([length], [own[length]], color=[colour], s=18, zorder=3)
+        _context_axis(axis, np.sort(long.visible.unique())[::2])  # all of them would overlap in a small panel
+        axis.set_xlabel("visible tokens")
         axis.set_title(f"{size:,} training tokens", fontsize="medium")
     axes[0, 0].set_ylabel(f"cross-entropy (nats per {unit})")
     _legend(axes[0, -1], "trained with l")

@@ -32,7 +32,7 @@ log = logging.getLogger("ctxnb")
 
 # %% auto #0
 __all__ = ['log', 'CHECKPOINT', 'MODEL', 'Settings', 'choose_device', 'learning_rate_at', 'adamw', 'evaluation_steps',
-           'Evaluation', 'next_token_losses', 'evaluate', 'TrainingDiverged', 'train']
+           'Evaluation', 'next_token_losses', 'evaluate', 'shorter_contexts', 'TrainingDiverged', 'train']
 
 # %% ../../nbs/training/train.ipynb #afe48ed5
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +285,7 @@ def evaluate(
     positions: bool = False,
     batch_tokens: int = 8192,
     bf16: bool = False,
+    shuffled: int = 0,
 ) -> Evaluation:
     """Loss at exactly l visible tokens on fixed targets, with its standard error over documents.
 
@@ -296,6 +297,8 @@ def evaluate(
         positions: also the loss at every position 1, ..., l of the same windows.
         batch_tokens: tokens that go through the model at once.
         bf16: compute in bfloat16 autocast.
+        shuffled: how many of the l visible tokens, the farthest ones, are put into a random order, another one for
+            each target and always the same. The model still sees which tokens are there, but not what they say.
 
     Returns:
         The losses. Cost: 2 x parameters x l FLOPs per target.
@@ -303,7 +306,9 @@ def evaluate(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    windows = torch.from_numpy(targets.windows(store, context_length))
+    windows = targets.windows(store, context_length)
+    windows[:, :shuffled] = np.random.default_rng(0).permuted(windows[:, :shuffled], axis=1)
+    windows = torch.from_numpy(windows)
     exact, by_position = [], torch.zeros(context_length, dtype=torch.float64)
     for ids in windows.split(max(1, batch_tokens // context_length)):
         # a compiled model would be compiled again for this shape and that of the last, smaller batch
@@ -316,6 +321,18 @@ def evaluate(
     by_position = by_position.numpy() / len(targets) if positions else np.array([])
     block = float(by_position.mean()) if positions else math.nan
     return _summary(torch.cat(exact).numpy(), targets.document, block, by_position)
+
+
+def shorter_contexts(context_length: int) -> list[int]:
+    """Context lengths at which a model is measured beside its own: all powers of two below it.
+
+    Args:
+        context_length: visible tokens l that the model was trained with.
+
+    Returns:
+        1, 2, 4, ..., below l.
+    """
+    return [2**k for k in range((context_length - 1).bit_length())]
 
 
 def _summary(losses: np.ndarray, document: np.ndarray, block: float, by_position: np.ndarray) -> Evaluation:
@@ -449,7 +466,8 @@ def train(
     Returns:
         Flat dictionary of the result. Losses in nats per token: `loss` (test, exactly l visible tokens), `loss_se`
         (over documents), `bits_per_byte`, `dev_loss`, `block_loss`, `position_loss` (list over 1, ..., l),
-        `document`, `document_loss`, `document_targets` (lists over test documents); `steps` (done), `best_step`,
+        `eval_context` and `context_loss` (lists; the same targets after 1, 2, 4, ... visible tokens, l the last),
+        `shuffled_loss` (after l visible tokens of which the farther half is in random order), `document`, `document_loss`, `document_targets` (lists over test documents); `steps` (done), `best_step`,
         `stopped_early`, `epochs` and `tokens_seen` (done), `history_step`, `history_train_loss`,
         `history_dev_loss` (lists over evaluations); `train_seconds` (without evaluations), `eval_seconds`,
         `tokens_per_s`, `peak_memory_mb`, `parameters`, `device`.
@@ -490,10 +508,21 @@ def train(
     _fit(s, windows, model, optimizer, progress, measure_dev, device, bf16, folder, identity, checkpoint_seconds)
 
     model.load_state_dict(progress.best_weights)
+    started = time.perf_counter()
     final = evaluate(model, store, test, s.context_length, positions=True, batch_tokens=s.micro_tokens)
+    others = _other_losses(model, store, test, s, final.loss)
+    progress.eval_seconds += time.perf_counter() - started
     _save_model(folder, model)
     (folder / CHECKPOINT).unlink(missing_ok=True)
-    return _result(s, store, model, progress, final, device)
+    return _result(s, store, model, progress, final, device) | others
+
+
+def _other_losses(model, store: TokenStore, test: Targets, s: Settings, loss: float) -> dict:
+    """Test losses of the trained model at shorter contexts, and with the farther half of its own shuffled."""
+    l, shorter = s.context_length, shorter_contexts(s.context_length)
+    losses = [evaluate(model, store, test, k, batch_tokens=s.micro_tokens).loss for k in shorter]
+    shuffled = evaluate(model, store, test, l, batch_tokens=s.micro_tokens, shuffled=l // 2).loss
+    return {"eval_context": [*shorter, l], "context_loss": [*losses, loss], "shuffled_loss": shuffled}
 
 
 def _fit(
