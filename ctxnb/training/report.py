@@ -274,6 +274,16 @@ def plot_two_views(
     return figure
 
 
+def _panels(sizes: list[int], unit: str) -> tuple[Figure, np.ndarray]:
+    """A row of panels on one scale of loss, one per data size."""
+    figure, axes = plt.subplots(1, len(sizes), figsize=(2.7 * len(sizes) + 0.8, 3.4), sharey=True, squeeze=False)
+    for axis, size in zip(axes[0], sizes):
+        axis.set_title(f"{size:,} training tokens", fontsize="medium")
+    axes[0, 0].set_ylabel(f"cross-entropy (nats per {unit})")
+    sns.despine(figure)
+    return figure, axes[0]
+
+
 def plot_positions(
     table: pd.DataFrame,
     unit: str = "token",
@@ -289,18 +299,15 @@ def plot_positions(
     """
     sizes, lengths = sorted(table.train_tokens.unique()), sorted(table.context_length.unique())
     colours = context_colours(lengths)
-    figure, axes = plt.subplots(1, len(sizes), figsize=(2.7 * len(sizes) + 0.8, 3.4), sharey=True, squeeze=False)
-    for axis, size in zip(axes[0], sizes):
+    figure, axes = _panels(sizes, unit)
+    for axis, size in zip(axes, sizes):
         for length, rows in table[table.train_tokens == size].groupby("context_length"):
             mean = np.stack(rows.position_loss.to_numpy()).mean(0)
             axis.plot(np.arange(1, length + 1), mean, color=colours[length], label=str(length))
             axis.scatter([length], [mean[-1]], color=[colours[length]], s=18, zorder=3)
         _context_axis(axis, np.array(lengths))
         axis.set_xlabel("position = visible tokens")
-        axis.set_title(f"{size:,} training tokens", fontsize="medium")
-    axes[0, 0].set_ylabel(f"cross-entropy (nats per {unit})")
-    _legend(axes[0, -1], "trained with l")
-    sns.despine(figure)
+    _legend(axes[-1], "trained with l")
     figure.tight_layout()
     return figure
 
@@ -339,8 +346,8 @@ def plot_shorter(
     """
     long, sizes = shorter(table), sorted(table.train_tokens.unique())
     colours = context_colours(sorted(table.context_length.unique()))
-    figure, axes = plt.subplots(1, len(sizes), figsize=(2.7 * len(sizes) + 0.8, 3.4), sharey=True, squeeze=False)
-    for axis, size in zip(axes[0], sizes):
+    figure, axes = _panels(sizes, unit)
+    for axis, size in zip(axes, sizes):
         mean = long[long.train_tokens == size].groupby(["context_length", "visible"]).loss.mean()
         own = {length: mean[length, length] for length in colours}
         axis.plot(own.keys(), own.values(), color="0.3", ls=":", lw=1)
@@ -349,10 +356,7 @@ def plot_shorter(
             axis.scatter([length], [own[length]], color=[colour], s=18, zorder=3)
         _context_axis(axis, np.sort(long.visible.unique())[::2])  # all of them would overlap in a small panel
         axis.set_xlabel("visible tokens")
-        axis.set_title(f"{size:,} training tokens", fontsize="medium")
-    axes[0, 0].set_ylabel(f"cross-entropy (nats per {unit})")
-    _legend(axes[0, -1], "trained with l")
-    sns.despine(figure)
+    _legend(axes[-1], "trained with l")
     figure.tight_layout()
     return figure
 
