@@ -45,7 +45,7 @@ SECTIONS: list[tuple[str, str, str]] = [
     ("Theory", "theory", THEORY),
     ("Synthetic data", "synthetic", "tasks data models train features report"),
     ("Measuring", "language", "corpus prose tokens models measure report needle"),
-    ("Training", "training", "gpt data train report counts"),
+    ("Training", "training", "gpt data packing train group report counts"),
     ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack live"),
     ("About", "about", "claims cite contribute start"),
     ("Run templates", "runs", ""),

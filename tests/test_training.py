@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from ctxnb.language.tokens import token_store
 from ctxnb.training.data import Windows, draw_targets, micro_batches, subset, target_weights, windows_per_step
 from ctxnb.training.gpt import gpt, gpt_config
-from ctxnb.training.train import CHECKPOINT, MODEL, Settings, TrainingDiverged, evaluate, train
+from ctxnb.training.train import CHECKPOINT, MODEL, Settings, TrainingDiverged, evaluate, next_token_losses, train
 
 CONTEXTS = [4, 8, 16, 32, 64, 128]
 TINY = dict(
@@ -270,6 +272,10 @@ def test_divergence_is_named(store, tmp_path, learning_rate):
         ({"patience": 0}, "patience = 0"),
         ({"seed": True}, "seed = True"),
         ({"device": "gpu"}, "expected auto, cpu or cuda"),
+        ({"windows": "sliding"}, "expected inside, packed or masked"),
+        ({"windows": "packed", "train_tokens": 16, "context_length": 64, "segment_tokens": 8}, "exceeds the packed training subset"),
+        ({"processes": 3}, "can't share equally the 16 windows of a step"),
+        ({"processes": 0}, "processes = 0"),
         ({"corpus": "sotuu"}, "sotu"),
     ],
 )
@@ -319,3 +325,95 @@ def test_large_vocabulary_is_measured_in_chunks(store, monkeypatch):
     assert max(sizes) <= 10 * store.vocab_size
     assert chunked.loss == pytest.approx(whole.loss, abs=1e-6)
     assert chunked.position_loss == pytest.approx(whole.position_loss, abs=1e-6)
+
+
+def test_large_vocabulary_is_trained_in_chunks(store, monkeypatch):
+    """Gradients are those of all logits at once, while no more than the limit of them is held."""
+    ids = torch.from_numpy(Windows(subset(store, 2_000, 0), 16).draw(8, seed=0, step=0))
+    gradients, sizes = [], []
+    for limit in (2**26, 10 * store.vocab_size):
+        monkeypatch.setattr("ctxnb.training.train._LOGITS", limit)
+        model = gpt(gpt_config(store.vocab_size, layers=1, heads=1, width=8, max_context=16), seed=0)
+        model.lm_head.register_forward_hook(lambda module, given, logits: sizes.append(logits.numel()))
+        next_token_losses(model, ids).mean().backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.requires_grad]))
+    assert sizes[0] == 8 * 16 * store.vocab_size
+    assert max(sizes[1:]) <= 10 * store.vocab_size
+    assert len(sizes) == 1 + 2 * 13  # 128 tokens in tens, in the forward and again in the backward pass
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
+
+
+def test_windows_across_documents_are_another_run(store, tmp_path):
+    """Packed windows train on other text than those inside; the mask then changes what is seen, not what is drawn."""
+    short = TINY | dict(min_steps=20, evaluations=1, segment_tokens=100, context_length=64, store=store)
+    losses = {kind: train(folder=tmp_path / kind, windows=kind, **short)["history_train_loss"] for kind in ("inside", "packed", "masked")}
+    assert len({loss for (loss,) in losses.values()}) == 3
+    # each loss is near that of a model of frequencies, 3.0 nats; what attention adds in 20 steps is small
+    assert losses["packed"] == pytest.approx(losses["masked"], abs=0.05)
+
+
+# --- several processes --------------------------------------------------------------------------------------
+
+GROUP = TINY | dict(context_length=16, min_steps=12, evaluations=4, micro_tokens=64)
+
+
+def losses_of(run: dict) -> list[float]:
+    return [*run["history_train_loss"], *run["history_dev_loss"], run["loss"]]
+
+
+def test_two_processes_are_one_run(tmp_path):
+    """Losses of every evaluation agree: windows, micro-batches, gradient means and clipping are those of one process."""
+    one, two = (train(folder=tmp_path / str(n), processes=n, **GROUP) for n in (1, 2))
+    assert (one["group_size"], two["group_size"]) == (1, 2)
+    # sums in another order: 1e-7 of a loss at first, which a dozen updates do not carry beyond 1e-5
+    assert losses_of(two) == pytest.approx(losses_of(one), abs=2e-5)
+    assert [f.name for f in (tmp_path / "2").iterdir()] == [MODEL]
+    unlike = one.keys() - CLOCK - {"group_size"}
+    assert {k: two[k] for k in unlike if not isinstance(one[k], (float, list))} == {
+        k: one[k] for k in unlike if not isinstance(one[k], (float, list))
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def test_two_machines_meet_and_both_learn_the_result(tmp_path):
+    """Two launchers on this machine, one process each; both give the one result, and one process continues after a kill."""
+    arguments = GROUP | dict(nodes=2, rendezvous=f"localhost:{free_port()}", folder=str(tmp_path / "run"))
+    command = [sys.executable, "-c", RUN, json.dumps(arguments)]
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    launchers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    results = [json.loads(launcher.communicate(timeout=400)[0].splitlines()[-1]) for launcher in launchers]
+    assert results[0] == results[1]
+    assert results[0]["group_size"] == 2
+    assert results[0]["loss"] == pytest.approx(train(folder=tmp_path / "one", **GROUP)["loss"], abs=2e-5)
+
+
+def test_a_killed_group_leaves_no_process_and_goes_on_in_one(tmp_path):
+    long = TINY | dict(context_length=16, min_steps=20_000, evaluations=2_000, patience=2_000)
+    command = [sys.executable, "-c", RUN, json.dumps(long | {"folder": str(tmp_path), "processes": 2})]
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 300
+        while stamp(tmp_path) is None:
+            assert launcher.poll() is None and time.monotonic() < deadline, "no checkpoint"
+            time.sleep(0.05)
+        members = [child for child in psutil.Process(launcher.pid).children(recursive=True)]
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert len(members) >= 2
+    _, alive = psutil.wait_procs(members, timeout=30)
+    assert not alive, "members outlived their launcher"
+    reached = torch.load(tmp_path / CHECKPOINT, weights_only=True)["progress"]["step"]
+    assert 0 < reached < 20_000
+    with pytest.raises(ValueError, match="min_steps = 20000 there, 10 here"):  # it would have been continued otherwise
+        train(folder=tmp_path, **long | {"min_steps": 10})
+
+
+def test_what_fails_in_a_group_is_said(tmp_path):
+    with pytest.raises(RuntimeError, match="process . of the group failed: .*TrainingDiverged: .*loss .* step .*learning rate"):
+        train(folder=tmp_path, processes=2, **GROUP | {"learning_rate": 1e30, "min_steps": 60})

@@ -14,19 +14,23 @@ import resource
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..language.tokens import TokenStore, token_store
 from .data import Targets, Windows, draw_targets, micro_batches, subset, windows_per_step
 from .gpt import gpt, gpt_config
+from .group import check_group, from_first, in_group, mean, rank, size
+from .packing import Packed, document_positions
 
 log = logging.getLogger("ctxnb")
 
@@ -52,6 +56,8 @@ class Settings:
         max_context: visible tokens before every evaluation target, the same for all runs to be compared;
             at least `context_length`.
         segment_tokens: tokens in a piece of the training subset at most; 0 takes whole documents.
+        windows: where training windows are cut: "inside" a piece of the subset; "packed", anywhere in all pieces joined,
+            an end-of-document token before each; or "masked", the same without attention from one piece to another.
         layers: blocks of the model.
         heads: attention heads.
         width: size of the residual stream.
@@ -87,6 +93,7 @@ class Settings:
     min_tokens: int = 1
     max_context: int = 128
     segment_tokens: int = 0
+    windows: str = "inside"
     layers: int = 2
     heads: int = 4
     width: int = 64
@@ -147,7 +154,9 @@ def _check(s: Settings) -> None:
             f"context_length = {s.context_length:,} exceeds max_context = {s.max_context:,}: expected at most that, "
             "since every evaluation target has max_context visible tokens"
         )
-    if s.segment_tokens and s.segment_tokens <= s.context_length:
+    if s.windows not in ("inside", "packed", "masked"):
+        raise ValueError(f"windows = {s.windows!r}: expected inside, packed or masked")
+    if s.windows == "inside" and s.segment_tokens and s.segment_tokens <= s.context_length:
         raise ValueError(
             f"segment_tokens = {s.segment_tokens:,} can't hold a window of context_length + 1 = {s.context_length + 1:,}"
         )
@@ -252,28 +261,38 @@ class Evaluation:
     document_targets: np.ndarray
 
 
-def next_token_losses(model: PreTrainedModel, ids: torch.Tensor, last_only: bool = False) -> torch.Tensor:
+def next_token_losses(
+    model: PreTrainedModel, ids: torch.Tensor, last_only: bool = False, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     """Cross-entropy of each token of windows after the first, or of the last one.
 
     Args:
         model: causal language model.
         ids: int64 [n, l + 1] token ids.
         last_only: only the last token of each window.
+        positions: int64 [n, l] positions of all tokens but the last, see `document_positions`; None counts from the start.
 
     Returns:
-        float32 [n, l], or [n, 1] with `last_only`, nats.
+        float32 [n, l], or [n, 1] with `last_only`, nats. Where all logits together are too large to be held, they
+        are computed in parts, and once more in the backward pass: 2 x vocabulary x width FLOPs more per token.
     """
-    hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+    hidden = model.base_model(input_ids=ids[:, :-1], position_ids=positions, use_cache=False).last_hidden_state
     labels = ids[:, 1:]
     if last_only:
         hidden, labels = hidden[:, -1:], labels[:, -1:]
     head = model.get_output_embeddings()
+
+    def losses(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head(hidden).float(), labels, reduction="none")
+
     rows = max(1, _LOGITS // model.config.vocab_size)
-    losses = [
-        F.cross_entropy(head(part).float(), wanted, reduction="none")
-        for part, wanted in zip(hidden.flatten(0, 1).split(rows), labels.flatten().split(rows))
-    ]
-    return torch.cat(losses).view(labels.shape)
+    parts = list(zip(hidden.flatten(0, 1).split(rows), labels.flatten().split(rows)))
+    if torch.is_grad_enabled() and len(parts) > 1:
+        # PyTorch's own chunked `linear_cross_entropy` needs no second pass, but in bfloat16 its loss is off by half a nat (2.13)
+        computed = [checkpoint(losses, *part, use_reentrant=False) for part in parts]
+    else:
+        computed = [losses(*part) for part in parts]
+    return torch.cat(computed).view(labels.shape)
 
 
 @torch.no_grad()
@@ -452,6 +471,9 @@ def train(
     store: TokenStore | None = None,
     compile: bool | None = None,
     checkpoint_seconds: float = 30.0,
+    processes: int = 1,
+    nodes: int = 1,
+    rendezvous: str = "",
     **settings,
 ) -> dict:
     """Train one model and measure it; a killed run goes on from its last checkpoint when called again.
@@ -459,35 +481,75 @@ def train(
     Args:
         folder: where the checkpoint and then the trained `model/` go; made if it is not there.
         store: token store to use instead of the one that `corpus`, `tokenizer` and the settings after them name.
-        compile: `torch.compile` the training step; None for on a GPU only.
+        compile: `torch.compile` the blocks of the model for training; None for on a GPU only.
         checkpoint_seconds: shortest time between two checkpoints, seconds.
+        processes: processes on this machine that share each step's windows; on GPUs, one for each.
+        nodes: machines that share them; the same call is made on each, with one `folder` that all of them see.
+        rendezvous: `host:port` of one of several machines, where they meet.
         **settings: fields of `Settings`; `context_length`, `train_tokens` and `seed` are required.
 
     Returns:
         Flat dictionary of the result. Losses in nats per token: `loss` (test, exactly l visible tokens), `loss_se`
         (over documents), `bits_per_byte`, `dev_loss`, `block_loss`, `position_loss` (list over 1, ..., l),
         `eval_context` and `context_loss` (lists; the same targets after 1, 2, 4, ... visible tokens, l the last),
-        `shuffled_loss` (after l visible tokens of which the farther half is in random order), `document`, `document_loss`, `document_targets` (lists over test documents); `steps` (done), `best_step`,
+        `shuffled_loss` (after l visible tokens of which the farther half is in random order), `document`,
+        `document_loss`, `document_targets` (lists over test documents); `steps` (done), `best_step`,
         `stopped_early`, `epochs` and `tokens_seen` (done), `history_step`, `history_train_loss`,
         `history_dev_loss` (lists over evaluations); `train_seconds` (without evaluations), `eval_seconds`,
-        `tokens_per_s`, `peak_memory_mb`, `parameters`, `device`.
+        `tokens_per_s` (of all processes together), `peak_memory_mb` (of the first one), `parameters`, `device`,
+        `group_size` (processes on all machines). Cost of the measurements beside the headline: about 2 l tokens forward
+        for the shorter contexts and l for the shuffled one, per test target.
 
     Raises:
         ValueError: when a setting can't work, or the folder holds another run's checkpoint.
-        RuntimeError: when a GPU is asked for and there is none.
+        RuntimeError: when a GPU is asked for and there is none, or a process of several failed.
         TrainingDiverged: when the loss becomes infinite, not a number, or worse than guessing.
     """
     s = Settings(**settings)
     device = choose_device(s.device)
+    check_group(processes, nodes, rendezvous, device.type)
+    n = windows_per_step(s.tokens_per_step, s.context_length)
+    if n % (processes * nodes):
+        raise ValueError(
+            f"processes x nodes = {processes} x {nodes} can't share equally the {n} windows of a step "
+            f"(tokens_per_step / context_length = {s.tokens_per_step:,} / {s.context_length:,}): expected a divisor of {n}"
+        )
+    given = store
+    if store is None:
+        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens)
+    _windows(s, store)
+    _targets(s, store)
+    arguments = dict(s=s, folder=Path(folder), compile=compile, checkpoint_seconds=checkpoint_seconds)
+    if processes * nodes == 1:
+        return _train(store=store, **arguments)
+    # a new process opens the store from its file, which lies ready by now
+    return in_group(_train, processes, nodes, rendezvous, device.type, store=given, **arguments)
+
+
+def _windows(s: Settings, store: TokenStore) -> Windows | Packed:
+    """Training windows; refuses pieces that are all too short."""
+    data = subset(store, s.train_tokens, s.seed, s.segment_tokens)
+    windows = Windows(data, s.context_length) if s.windows == "inside" else Packed(data, s.context_length, store.eod)
+    len(windows)
+    return windows
+
+
+def _targets(s: Settings, store: TokenStore) -> tuple[Targets, Targets]:
+    """Evaluation targets of the dev and of the test split."""
+    return tuple(
+        draw_targets(store, split, s.max_context, each, s.targets_seed)
+        for split, each in (("dev", s.dev_targets), ("test", s.test_targets))
+    )
+
+
+def _train(s: Settings, folder: Path, store: TokenStore | None, compile: bool | None, checkpoint_seconds: float) -> dict:
+    """The run of one process, which is all of it or a share in a group; only the first process writes files."""
+    device = choose_device(s.device)
     bf16 = device.type == "cuda" if s.bf16 is None else s.bf16
     if store is None:
         store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens)
-    windows = Windows(subset(store, s.train_tokens, s.seed, s.segment_tokens), s.context_length)
-    len(windows)  # refuses pieces that are all too short
-    dev = draw_targets(store, "dev", s.max_context, s.dev_targets, s.targets_seed)
-    test = draw_targets(store, "test", s.max_context, s.test_targets, s.targets_seed)
+    windows, (dev, test) = _windows(s, store), _targets(s, store)
 
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = {key: getattr(s, key) for key in ("context_length", "train_tokens", "seed", "corpus", "tokenizer")}
     config = gpt_config(
@@ -500,21 +562,39 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if compile or (compile is None and device.type == "cuda"):
-        model.base_model.compile()
+        # block by block: alike, so compiled once; and `transformers` makes the mask outside, where it sees that none is needed
+        for block in model.base_model.layers:
+            block.compile()
 
     def measure_dev() -> float:
         return evaluate(model, store, dev, s.context_length, batch_tokens=s.micro_tokens, bf16=bf16).loss
 
-    _fit(s, windows, model, optimizer, progress, measure_dev, device, bf16, folder, identity, checkpoint_seconds)
+    loss_of = _MeanLoss(model, store.eod if s.windows == "masked" else None)
+    _fit(s, windows, loss_of, optimizer, progress, measure_dev, device, bf16, folder, identity, checkpoint_seconds)
 
-    model.load_state_dict(progress.best_weights)
-    started = time.perf_counter()
-    final = evaluate(model, store, test, s.context_length, positions=True, batch_tokens=s.micro_tokens)
-    others = _other_losses(model, store, test, s, final.loss)
-    progress.eval_seconds += time.perf_counter() - started
-    _save_model(folder, model)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    return _result(s, store, model, progress, final, device) | others
+    def measure_test() -> dict:
+        model.load_state_dict(progress.best_weights)
+        started = time.perf_counter()
+        final = evaluate(model, store, test, s.context_length, positions=True, batch_tokens=s.micro_tokens)
+        others = _other_losses(model, store, test, s, final.loss)
+        progress.eval_seconds += time.perf_counter() - started
+        _save_model(folder, model)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        return _result(s, store, model, progress, final, device) | others
+
+    return from_first(measure_test)
+
+
+class _MeanLoss(torch.nn.Module):
+    """Mean loss of windows as a module, which `DistributedDataParallel` wants; with `eod`, attention ends at it."""
+
+    def __init__(self, model: PreTrainedModel, eod: int | None) -> None:
+        super().__init__()
+        self.model, self.eod = model, eod
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        positions = None if self.eod is None else document_positions(ids[:, :-1], self.eod)
+        return next_token_losses(self.model, ids, positions=positions).mean()
 
 
 def _other_losses(model, store: TokenStore, test: Targets, s: Settings, loss: float) -> dict:
@@ -526,30 +606,46 @@ def _other_losses(model, store: TokenStore, test: Targets, s: Settings, loss: fl
 
 
 def _fit(
-    s: Settings, windows, model, optimizer, progress, measure_dev, device, bf16, folder, identity, checkpoint_seconds
+    s: Settings, windows, loss_of, optimizer, progress, measure_dev, device, bf16, folder, identity, checkpoint_seconds
 ) -> None:
-    """Train from `progress.step` until the schedule ends or patience runs out, keeping the best weights."""
+    """Train from `progress.step` until the schedule ends or patience runs out, keeping the best weights.
+
+    Each process of a group takes its share of a step's windows; `DistributedDataParallel` averages the gradients, with the
+    last micro-batch, so that all processes take the same step.
+    """
+    model = loss_of.model
+    if size() > 1:
+        loss_of = DistributedDataParallel(loss_of, forward_sync_buffers=False, gradient_as_bucket_view=True)
     n = windows_per_step(s.tokens_per_step, s.context_length)
-    parts = micro_batches(n, s.context_length, s.micro_tokens)
+    parts = micro_batches(n // size(), s.context_length, s.micro_tokens)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     points = set(evaluation_steps(s))
     saved_at = time.monotonic()
     since = progress.step  # step of the last evaluation
     losses = torch.zeros(s.steps - since, device=device)  # of each step, so that a GPU need not wait for any
+
+    def check(whole: bool) -> float:
+        return _check_losses(mean(losses[: progress.step - since]), since, s, model.config.vocab_size, whole)
+
     model.train()
-    bar = tqdm(total=s.steps, initial=progress.step, unit="step", desc=f"l={s.context_length} D={s.train_tokens:,}")
+    label = f"l={s.context_length} D={s.train_tokens:,}"
+    silent = {"disable": True} if rank() else {}  # not False: that would overrule TQDM_DISABLE
+    bar = tqdm(total=s.steps, initial=progress.step, unit="step", desc=label, **silent)
     started = time.perf_counter()
     while progress.step < s.steps and not progress.stopped:
         step = progress.step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, s)
-        ids = torch.from_numpy(windows.draw(n, s.seed, step))
+        ids = torch.from_numpy(windows.draw(n, s.seed, step)).chunk(size())[rank()]
         if device.type == "cuda":
             ids = ids.pin_memory().to(device, non_blocking=True)
-        for part in ids.chunk(parts):
-            with _autocast(device, bf16):
-                loss = next_token_losses(model, part).mean() / parts
-            loss.backward()
+        for i, part in enumerate(ids.chunk(parts)):
+            with ExitStack() as stack:
+                if size() > 1 and i < parts - 1:
+                    stack.enter_context(loss_of.no_sync())
+                with _autocast(device, bf16):
+                    loss = loss_of(part) / parts
+                loss.backward()
             losses[step - since] += loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, s.clip)
         optimizer.step()
@@ -558,19 +654,19 @@ def _fit(
         bar.update()
         if progress.step not in points:
             if progress.step % 50 == 0:
-                _check_losses(losses[: progress.step - since], since, s, model.config.vocab_size, whole=False)
+                check(whole=False)
             continue
 
-        train_loss = _check_losses(losses[: progress.step - since], since, s, model.config.vocab_size, whole=True)
+        train_loss = check(whole=True)
         progress.train_seconds += time.perf_counter() - started
         started = time.perf_counter()
-        dev_loss = measure_dev()
+        dev_loss = from_first(measure_dev)
         progress.eval_seconds += time.perf_counter() - started
         since = progress.step
         losses.zero_()
         _note(progress, s, train_loss, dev_loss, model)
         bar.set_postfix(train=f"{train_loss:.3f}", dev=f"{dev_loss:.3f}")
-        if time.monotonic() - saved_at >= checkpoint_seconds:
+        if rank() == 0 and time.monotonic() - saved_at >= checkpoint_seconds:
             _save_checkpoint(folder, identity, model, optimizer, progress)
             saved_at = time.monotonic()
         started = time.perf_counter()
@@ -620,6 +716,7 @@ def _result(s: Settings, store, model, progress: _Progress, final: Evaluation, d
         "peak_memory_mb": peak,
         "parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "group_size": size(),
         "position_loss": final.position_loss.tolist(),
         "document": final.document.tolist(),
         "document_loss": final.document_loss.tolist(),
