@@ -241,6 +241,29 @@ def test_workers_keep_to_their_places(project):
         assert not set(table.cores[0]) & set(table.cores[1])
 
 
+# a run that ends only when all four have begun, and says which GPU it saw
+ALL_FOUR = """
+import os, time
+from ctxnb.batch.record import record, run_folder
+(run_folder() / "begun").touch()
+deadline = time.monotonic() + 60
+while len(list(run_folder().parent.glob("work-*/begun"))) < 4:
+    assert time.monotonic() < deadline, "the others did not begin"
+    time.sleep(0.05)
+record({"gpus": os.environ["CUDA_VISIBLE_DEVICES"]})
+"""
+
+
+def test_runs_that_share_a_gpu_work_at_the_same_time(project):
+    project.template(ALL_FOUR)
+    project.axes("gpus = 1\nruns_per_gpu = 2", seed=[0, 1, 2, 3])
+    launcher = project.start("run", "--workers", "9", env=os.environ | {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"})
+    assert launcher.communicate(timeout=120) and launcher.returncode == 0
+    assert sorted(project.table().gpus) == ["GPU-a", "GPU-a", "GPU-b", "GPU-b"]
+    project.axes("runs_per_gpu = 2", seed=[0])
+    assert "runs_per_gpu = 2 and gpus = 0: expected gpus = 1" in project("plan", expect=2)
+
+
 def test_the_users_resources_go_before_the_grids(project):
     file = project.folder / "resources.toml"
     file.write_text("partition = 'long'\nhours = 3\nsetup = ['module load x']")

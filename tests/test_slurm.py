@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 from slurm import Slurm, reason_not_to
-from test_batch import WORK, Project, same
+from test_batch import ALL_FOUR, WORK, Project, same
 
 STEPS = WORK.replace("time.sleep(seconds)", """
 place = run_folder() / "seconds"
@@ -179,6 +179,15 @@ def test_each_run_sees_its_own_gpu(project):
     project("run", "--backend", "slurm")
     project("wait", "--timeout", "2")
     assert set(project.table().gpus) == {"0", "1"}
+
+
+def test_runs_of_one_job_share_its_gpu(project, slurm):
+    project.template(ALL_FOUR)
+    project.axes(ONE_BY_ONE + "gpus = 1\nruns_per_gpu = 2\ncpus = 2", seed=[0, 1, 2, 3])
+    assert "submitted 4 runs as 2 jobs" in project("run", "--backend", "slurm")
+    project("wait", "--timeout", "2")
+    assert sorted(project.table().gpus) == ["0", "0", "1", "1"]
+    assert "NumCPUs=4 " in slurm("scontrol", "show", "job", jobs_of(project)[0])
 
 
 def test_the_written_script_does_the_same(project, slurm, undisturbed):

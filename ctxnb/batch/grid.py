@@ -139,6 +139,7 @@ class Resources:
         timeout_minutes: a run that takes longer is stopped and counts as failed; 0 for no limit.
         memory_gb: a run whose processes hold more memory is stopped and counts as failed; Slurm reserves as much; 0 for no limit.
         gpus: GPUs of each run, which sees no others; 0 leaves it those that the launcher sees.
+        runs_per_gpu: runs at a time that share a GPU, and its memory, which nothing divides; above 1 only where `gpus` is 1.
         gpu_type: which kind of GPU, as Slurm's or a cloud's names have it; empty for any.
         cpus: cores of each run; 0 for an equal share of the launcher's (in Slurm, one).
         partition: Slurm's partition; empty for the cluster's default, as in the next three.
@@ -158,6 +159,7 @@ class Resources:
     timeout_minutes: float = 0.0
     memory_gb: float = 0.0
     gpus: int = 0
+    runs_per_gpu: int = 1
     gpu_type: str = ""
     cpus: int = 0
     partition: str = ""
@@ -251,8 +253,8 @@ def read_grid(
 
     Raises:
         GridError: missing or unreadable file, unknown section or parameter (with the nearest name), wrong type, empty
-            axis, a parameter that is both fixed and an axis or looks like a secret, a template that papermill
-            cannot be trusted with.
+            axis, a parameter that is both fixed and an axis or looks like a secret, resources that are too small or
+            contradict each other, a template that papermill cannot be trusted with.
     """
     path = Path(path)
     if not path.is_file():
@@ -332,7 +334,11 @@ def _resources(content: dict[str, Any], where: Path, users: Path | None) -> Reso
     chosen = _checked_resources(content, where)
     if users is not None:
         chosen |= _checked_resources(_read_toml(users), users)
-    return Resources(**chosen)
+    resources = Resources(**chosen)
+    if resources.runs_per_gpu > 1 and resources.gpus != 1:  # only now: each may come from another file
+        raise GridError(f"{where}{f' with {users}' if users else ''}: runs_per_gpu = {resources.runs_per_gpu} and "
+                        f"gpus = {resources.gpus}: expected gpus = 1 where runs share a GPU")
+    return resources
 
 
 def _checked_resources(content: dict[str, Any], where: Path) -> dict[str, Any]:
@@ -342,7 +348,7 @@ def _checked_resources(content: dict[str, Any], where: Path) -> dict[str, Any]:
             raise _unknown("resource", name, defaults, str(where))
     resources = {k: _typed(k, v, defaults[k], where) for k, v in content.items()}
     for name, value in resources.items():
-        least = 1 if name in ("workers", "array_parallelism") else 0
+        least = 1 if name in ("workers", "runs_per_gpu", "array_parallelism") else 0
         if isinstance(value, (int, float)) and value < least:
             raise GridError(f"{where}: {name} = {value}: expected at least {least}")
         if isinstance(value, list) and not all(isinstance(line, str) for line in value):

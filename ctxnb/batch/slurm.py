@@ -38,11 +38,11 @@ def groups_of(
         resources: of the grid.
 
     Returns:
-        The runs of each job.
+        The runs of each job, which does `runs_per_gpu` of them at a time.
     """
     wanted = math.ceil(resources.job_minutes / minutes) if minutes > 0 else len(runs)
     fits = max(1, int(resources.hours * 60 / 2 / minutes)) if minutes > 0 else len(runs)
-    size = max(1, min(wanted, fits))
+    size = max(1, min(wanted, fits)) * resources.runs_per_gpu
     return [runs[i : i + size] for i in range(0, len(runs), size)]
 
 
@@ -63,7 +63,7 @@ class Work:
     retry_failed: bool
 
     def __call__(self) -> dict[str, int]:
-        """Execute what is not done yet, one run after the other.
+        """Execute what is not done yet, as many runs at a time as share the job's GPU, or one after the other.
 
         Returns:
             Outcome -> number of runs.
@@ -72,7 +72,8 @@ class Work:
             RuntimeError: not all of them are done at the end; Slurm then shows the job as failed.
         """
         states = states_of(self.runs, self.plan.code, self.plan.runs)
-        outcomes = launch(replace(self.plan, states=states), 1, self.retry_failed, self.engine, in_job=True)
+        at_once = self.plan.grid.resources.runs_per_gpu
+        outcomes = launch(replace(self.plan, states=states), at_once, self.retry_failed, self.engine, in_job=True)
         after = states_of(self.runs, self.plan.code, self.plan.runs)
         lacking = [f"{state.state} {state.run.id}: {state.reason}" for state in after if state.state != "done"]
         if lacking:
@@ -157,7 +158,7 @@ def slurm_parameters(
     name: str,
     resources: Resources,
 ) -> dict[str, Any]:
-    """A grid's resources as submitit's Slurm executor takes them.
+    """What a job asks for, as submitit takes it: the resources of the `runs_per_gpu` runs it does at a time.
 
     Args:
         name: the grid's name.
@@ -166,12 +167,13 @@ def slurm_parameters(
     Returns:
         Parameter -> value.
     """
-    cpus = resources.cpus or 1
+    cpus = (resources.cpus or 1) * resources.runs_per_gpu
+    memory_gb = resources.memory_gb * resources.runs_per_gpu
     parameters = dict(
         job_name=f"ctxnb-{name}",
         time=math.ceil(resources.hours * 60),
         cpus_per_task=cpus,
-        mem=f"{math.ceil(resources.memory_gb * 1024)}MB" if resources.memory_gb else None,
+        mem=f"{math.ceil(memory_gb * 1024)}MB" if memory_gb else None,
         gpus_per_node=_gpus(resources) or None,
         partition=resources.partition or None,
         account=resources.account or None,
@@ -241,7 +243,7 @@ def sbatch_script(
     resources: Resources,
     command: str = "ctxnb",
 ) -> str:
-    """A job array that executes the runs of a grid that are not done, one run a task.
+    """A job array that executes the runs of a grid that are not done, one run a task, each with GPUs of its own.
 
     Args:
         planned: the grid with the states of its runs.
