@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'read_runs', 'Curve', 'curves', 'headline', 'moves', 'plot_loss', 'plot_two_views', 'plot_positions',
-           'shorter', 'plot_shorter', 'run_table', 'settings']
+           'shorter', 'plot_shorter', 'token_flops', 'at_compute', 'matched_losses', 'best_lengths', 'plot_matched',
+           'run_table', 'settings']
 
 # %% ../../nbs/training/report.ipynb #d3466786
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from ..figures import context_colours, data_colours
 
 # %% ../../nbs/training/report.ipynb #5be5098f
@@ -136,13 +138,19 @@ def curves(
     return [_curve(int(d), rows, resamples, np.random.default_rng(seed)) for d, rows in table.groupby("train_tokens")]
 
 
-def _curve(train_tokens: int, rows: pd.DataFrame, resamples: int, rng: np.random.Generator) -> Curve:
+def _complete(rows: pd.DataFrame) -> pd.DataFrame:
+    """The runs at one data size of the seeds that have every context length: means over them compare like with like."""
     lengths = np.sort(rows.context_length.unique())
     complete = rows.groupby("seed").context_length.nunique() == len(lengths)
-    seeds = tuple(complete.index[complete])
-    if not seeds:
-        raise ValueError(f"train_tokens = {train_tokens}: no seed has a run at each of the context lengths {lengths.tolist()}")
-    rows = rows[rows.seed.isin(seeds)].sort_values(["context_length", "seed"])
+    if not complete.any():
+        size = rows.train_tokens.iloc[0]
+        raise ValueError(f"train_tokens = {size}: no seed has a run at each of the context lengths {lengths.tolist()}")
+    return rows[rows.seed.isin(complete.index[complete])]
+
+
+def _curve(train_tokens: int, rows: pd.DataFrame, resamples: int, rng: np.random.Generator) -> Curve:
+    rows = _complete(rows).sort_values(["context_length", "seed"])
+    lengths, seeds = np.sort(rows.context_length.unique()), tuple(sorted(rows.seed.unique()))
     targets = np.stack(rows.document_targets.to_numpy())
     if (targets != targets[0]).any():
         raise ValueError(f"train_tokens = {train_tokens}: the runs were evaluated on different targets")
@@ -357,6 +365,185 @@ def plot_shorter(
         _context_axis(axis, np.sort(long.visible.unique())[::2])  # all of them would overlap in a small panel
         axis.set_xlabel("visible tokens")
     _legend(axes[-1], "trained with l")
+    figure.tight_layout()
+    return figure
+
+# %% ../../nbs/training/report.ipynb #111cdcbf
+_SHAPE = ("layers", "width", "parameters")
+_HISTORY = ("tokens_per_step", "history_step", "history_dev_loss", "stopped_early")
+
+
+def _require(table: pd.DataFrame, names: Sequence[str]) -> None:
+    if lacking := [name for name in names if name not in table]:
+        raise ValueError(f"the table lacks the columns {lacking}: expected training runs with their settings and history")
+
+
+def token_flops(
+    table: pd.DataFrame,
+) -> np.ndarray:
+    """Floating-point operations of training on one token, for each run.
+
+    Args:
+        table: from `read_runs`, with the settings of the runs.
+
+    Returns:
+        [runs] FLOPs; the vocabulary that `flops_per_token` needs follows from the number of parameters.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    from ctxnb.training.gpt import flops_per_token, parameter_count  # brings torch, which reading a table does without
+
+    _require(table, _SHAPE)
+
+    def flops(run: tuple) -> float:
+        vocab_size = (run.parameters - parameter_count(run.layers, run.width, vocab_size=0)) // run.width
+        return flops_per_token(run.layers, run.width, vocab_size, run.context_length)
+
+    return np.array([flops(run) for run in table.itertuples()])
+
+
+def at_compute(
+    table: pd.DataFrame,
+    budgets: Sequence[float] | None = None,
+) -> pd.DataFrame:
+    """Lowest dev loss that each run had reached when its training had cost a given budget, in long form.
+
+    Args:
+        table: from `read_runs`, with the settings and the history of the runs.
+        budgets: [B] training FLOPs, asked of every data size; None for the largest that no schedule of a data size falls
+            short of, its half, quarter and eighth, without those at which some run has no evaluation yet.
+
+    Returns:
+        One row per run and budget: `train_tokens`, `context_length`, `seed`, `flops` (the budget) and `dev_loss` (nats per
+        token; of the test loss no history is recorded), the lowest so far, interpolated between evaluations in the
+        logarithm of FLOPs. A run has no row at a budget below its first evaluation, nor at one above the end of its
+        schedule; a run that was stopped early keeps its best at all larger budgets.
+
+    Raises:
+        ValueError: a column is missing, a budget is not above 0, or the lengths of a data size have no budget in common.
+    """
+    _require(table, _SHAPE + _HISTORY)
+    if budgets is not None and not all(budget > 0 for budget in budgets):
+        raise ValueError(f"budgets = {list(budgets)}: expected training FLOPs above 0")
+    table, found = table.assign(step_flops=token_flops(table) * table.tokens_per_step), []
+    for size, runs in table.groupby("train_tokens"):
+        spent = [np.asarray(run.history_step) * run.step_flops for run in runs.itertuples()]  # up to each evaluation
+        for budget in _common_budgets(size, spent, runs.stopped_early) if budgets is None else budgets:
+            for run, flops in zip(runs.itertuples(), spent):
+                if flops[0] <= budget and (run.stopped_early or budget <= flops[-1]):
+                    lowest = np.minimum.accumulate(run.history_dev_loss)
+                    lowest = np.interp(np.log(budget), np.log(flops), lowest)
+                    found.append((size, run.context_length, run.seed, budget, lowest))
+    return pd.DataFrame(found, columns=["train_tokens", "context_length", "seed", "flops", "dev_loss"])
+
+
+def _common_budgets(size: int, spent: list[np.ndarray], stopped_early: pd.Series) -> np.ndarray:
+    """The largest budget that no schedule falls short of, its half, quarter and eighth, where all runs were evaluated."""
+    first = max(flops[0] for flops in spent)
+    ends = [flops[-1] for flops, stopped in zip(spent, stopped_early) if not stopped]
+    largest = min(ends, default=max(flops[-1] for flops in spent))  # beyond its end a run stopped early stays at its best
+    if first > largest:
+        raise ValueError(f"train_tokens = {size}: the first evaluation of one run costs {first:.3g} FLOPs, "
+                         f"the whole training of another {largest:.3g}: no budget is common to all")
+    budgets = largest / np.array([8, 4, 2, 1])
+    return budgets[budgets >= first]
+
+# %% ../../nbs/training/report.ipynb #bc82f5ce
+def _means(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """[D, L] means over seeds."""
+    return table.groupby(["train_tokens", "context_length"])[column].mean().unstack()
+
+
+def _cache_bytes(table: pd.DataFrame) -> pd.Series:
+    """Key-value cache of one sequence in bfloat16, bytes, by context length."""
+    shapes = table[["layers", "width"]].drop_duplicates()
+    if len(shapes) > 1:
+        raise ValueError(f"the runs have models of {len(shapes)} shapes (layers, width): expected one")
+    lengths = np.sort(table.context_length.unique())
+    return pd.Series(2 * 2 * shapes.layers.iloc[0] * shapes.width.iloc[0] * lengths, index=lengths)
+
+
+def matched_losses(
+    table: pd.DataFrame,
+) -> pd.DataFrame:
+    """Loss of each context length when all get equal tokens, equal compute, or equal memory at use.
+
+    Args:
+        table: from `read_runs`, with the settings and the history of the runs.
+
+    Returns:
+        Mean loss over the seeds that have every length, nats per token, in a column for each length. Rows by `view`,
+        `budget` and `train_tokens`: "equal tokens" are whole runs, by test and by dev loss; "equal compute" the default
+        budgets of `at_compute`, as shares of the largest, by dev loss; "equal memory" the test loss of whole runs where
+        the length fits a key-value cache as large as that of each length in turn, and no value where it does not.
+
+    Raises:
+        ValueError: as `at_compute`; at some data size no seed has all lengths; or the models differ in shape.
+    """
+    _require(table, _SHAPE + _HISTORY)
+    cache, size_of = _cache_bytes(table), EngFormatter("B", places=1)
+    table = pd.concat([_complete(rows) for _, rows in table.groupby("train_tokens")])
+    test, read = _means(table, "loss"), at_compute(table)
+    part = (read.groupby("train_tokens").flops.transform("max") / read.flops).round().astype(int)
+    views = {("equal tokens", "test loss"): test, ("equal tokens", "dev loss"): _means(table, "dev_loss")}
+    for n, rows in sorted(read.groupby(part), reverse=True):
+        views["equal compute", f"1/{n}" if n > 1 else "all"] = _means(rows, "dev_loss")
+    for length, size in cache.items():
+        views["equal memory", size_of(size)] = test.loc[:, :length]
+    return pd.concat(views, names=["view", "budget"])
+
+
+def best_lengths(
+    losses: pd.DataFrame,
+) -> pd.DataFrame:
+    """Best context length for each data size in each view.
+
+    Args:
+        losses: from `matched_losses`.
+
+    Returns:
+        The length with the lowest loss: a row for each data size, a column for each view and budget.
+    """
+    return losses.dropna(how="all").idxmin(axis=1).unstack("train_tokens", sort=False).T.astype("Int64")
+
+
+def plot_matched(
+    table: pd.DataFrame,
+    unit: str = "token",
+) -> Figure:
+    """The loss at equal compute against l beside the lowest loss that a key-value cache of a given size allows.
+
+    Args:
+        table: as for `matched_losses`.
+        unit: what a token is, for the axis.
+
+    Returns:
+        The figure: means over seeds, minima marked as in `plot_loss`. Left the dev loss, solid at the largest default
+        budget of `at_compute` and dashed at the smallest; right the running minimum of the test loss, a dot for each length.
+
+    Raises:
+        ValueError: as `matched_losses`.
+    """
+    losses, cache = matched_losses(table), _cache_bytes(table)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.4))
+    for size, colour in data_colours(table.train_tokens.unique()).items():
+        at = losses.loc["equal compute"].xs(size, level="train_tokens")
+        for budget, line in [(at.index[0], "--"), (at.index[-1], "-")]:
+            mean = at.loc[budget].dropna()
+            left.plot(mean.index, mean, color=colour, linestyle=line, label=f"{size:,}, {budget}")
+            _mark_minimum(left, mean.index.to_numpy(), mean.to_numpy(), colour)
+        lowest = losses.xs(("equal tokens", "test loss", size)).dropna().cummin()
+        right.plot(cache[lowest.index], lowest, color=colour, marker=".", drawstyle="steps-post", label=f"{size:,}")
+        _mark_minimum(right, cache[lowest.index].to_numpy(), lowest.to_numpy(), colour)
+    _context_axis(left, cache.index)
+    left.set(title="equal training compute", ylabel=f"dev cross-entropy (nats per {unit})")
+    right.set_xscale("log", base=2)
+    right.set_xticks(cache, [EngFormatter(places=0, sep="")(size) for size in cache])
+    right.set(title="equal memory at use", ylabel=f"test cross-entropy (nats per {unit})",
+              xlabel=f"key-value cache in bytes (weights: {EngFormatter(places=0, sep='')(2 * table.parameters.iloc[0])})")
+    _legend(right, "training tokens")
+    sns.despine(figure)
     figure.tight_layout()
     return figure
 
