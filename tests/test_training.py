@@ -331,7 +331,7 @@ def test_large_vocabulary_is_trained_in_chunks(store, monkeypatch):
     """Gradients are those of all logits at once, while no more than the limit of them is held."""
     ids = torch.from_numpy(Windows(subset(store, 2_000, 0), 16).draw(8, seed=0, step=0))
     gradients, sizes = [], []
-    for limit in (2**26, 10 * store.vocab_size):
+    for limit in (2**27, 10 * store.vocab_size):
         monkeypatch.setattr("ctxnb.training.train._LOGITS", limit)
         model = gpt(gpt_config(store.vocab_size, layers=1, heads=1, width=8, max_context=16), seed=0)
         model.lm_head.register_forward_hook(lambda module, given, logits: sizes.append(logits.numel()))

@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -36,7 +36,8 @@ log = logging.getLogger("ctxnb")
 
 # %% auto #0
 __all__ = ['log', 'CHECKPOINT', 'MODEL', 'Settings', 'choose_device', 'learning_rate_at', 'adamw', 'evaluation_steps',
-           'Evaluation', 'next_token_losses', 'evaluate', 'shorter_contexts', 'TrainingDiverged', 'train']
+           'Evaluation', 'next_token_losses', 'evaluate', 'shorter_contexts', 'TrainingDiverged', 'train',
+           'compile_blocks', 'MeanLoss', 'update']
 
 # %% ../../nbs/training/train.ipynb #afe48ed5
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +236,7 @@ def evaluation_steps(settings: Settings) -> list[int]:
     return sorted({max(1, round(float(point))) for point in points})
 
 # %% ../../nbs/training/train.ipynb #7089fe2c
-_LOGITS = 2**26  # numbers held at once: 256 MiB in float32
+_LOGITS = 2**27  # numbers held at once: 512 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ def next_token_losses(
     rows = max(1, _LOGITS // model.config.vocab_size)
     parts = list(zip(hidden.flatten(0, 1).split(rows), labels.flatten().split(rows)))
     if torch.is_grad_enabled() and len(parts) > 1:
-        # PyTorch's own chunked `linear_cross_entropy` needs no second pass, but in bfloat16 its loss is off by half a nat (2.13)
+        # PyTorch's chunked `linear_cross_entropy` needs no second pass, but in bfloat16 its loss is off by half a nat (2.13)
         computed = [checkpoint(losses, *part, use_reentrant=False) for part in parts]
     else:
         computed = [losses(*part) for part in parts]
@@ -562,14 +563,12 @@ def _train(s: Settings, folder: Path, store: TokenStore | None, compile: bool | 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if compile or (compile is None and device.type == "cuda"):
-        # block by block: alike, so compiled once; and `transformers` makes the mask outside, where it sees that none is needed
-        for block in model.base_model.layers:
-            block.compile()
+        compile_blocks(model)
 
     def measure_dev() -> float:
         return evaluate(model, store, dev, s.context_length, batch_tokens=s.micro_tokens, bf16=bf16).loss
 
-    loss_of = _MeanLoss(model, store.eod if s.windows == "masked" else None)
+    loss_of = MeanLoss(model, store.eod if s.windows == "masked" else None)
     _fit(s, windows, loss_of, optimizer, progress, measure_dev, device, bf16, folder, identity, checkpoint_seconds)
 
     def measure_test() -> dict:
@@ -585,10 +584,28 @@ def _train(s: Settings, folder: Path, store: TokenStore | None, compile: bool | 
     return from_first(measure_test)
 
 
-class _MeanLoss(torch.nn.Module):
-    """Mean loss of windows as a module, which `DistributedDataParallel` wants; with `eod`, attention ends at it."""
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Let `torch.compile` compile the blocks of a model in place, each when it is first used.
 
-    def __init__(self, model: PreTrainedModel, eod: int | None) -> None:
+    Blocks are alike, so one compilation serves all. The mask is made outside them: only there does `transformers` see that
+    none is needed, so that PyTorch takes its fused causal attention; a compiled whole model would get an l x l mask.
+
+    Args:
+        model: causal language model.
+    """
+    for block in model.base_model.layers:
+        block.compile()
+
+
+class MeanLoss(torch.nn.Module):
+    """Mean loss of windows as a module, which is what `DistributedDataParallel` wants.
+
+    Args:
+        model: causal language model.
+        eod: id of the end of a document, at which attention ends; None where windows hold one document only.
+    """
+
+    def __init__(self, model: PreTrainedModel, eod: int | None = None) -> None:
         super().__init__()
         self.model, self.eod = model, eod
 
@@ -605,20 +622,54 @@ def _other_losses(model, store: TokenStore, test: Targets, s: Settings, loss: fl
     return {"eval_context": [*shorter, l], "context_loss": [*losses, loss], "shuffled_loss": shuffled}
 
 
+def update(
+    loss_of: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ids: torch.Tensor,
+    parts: int = 1,
+    clip: float = 1.0,
+    bf16: bool = False,
+) -> torch.Tensor:
+    """One update of the weights.
+
+    Args:
+        loss_of: module from windows to their mean loss, such as `MeanLoss`; in a group, `DistributedDataParallel` of it,
+            which averages gradients over the group with the last part.
+        optimizer: of the weights.
+        ids: int64 [n, l + 1] windows, on the device of the weights.
+        parts: equal micro-batches that the windows go through the model in; n is a multiple of it.
+        clip: largest norm of the gradient.
+        bf16: compute in bfloat16 autocast.
+
+    Returns:
+        float32 scalar on the device, mean loss of the windows before the update. Cost: see `flops_per_token`.
+    """
+    total = torch.zeros((), device=ids.device)
+    for i, part in enumerate(ids.chunk(parts)):
+        with loss_of.no_sync() if size() > 1 and i < parts - 1 else nullcontext():
+            with _autocast(ids.device, bf16):
+                loss = loss_of(part) / parts
+            loss.backward()
+        total += loss.detach()
+    torch.nn.utils.clip_grad_norm_(loss_of.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
 def _fit(
     s: Settings, windows, loss_of, optimizer, progress, measure_dev, device, bf16, folder, identity, checkpoint_seconds
 ) -> None:
     """Train from `progress.step` until the schedule ends or patience runs out, keeping the best weights.
 
-    Each process of a group takes its share of a step's windows; `DistributedDataParallel` averages the gradients, with the
-    last micro-batch, so that all processes take the same step.
+    Each process of a group takes its share of a step's windows; `DistributedDataParallel` averages the gradients, so that all
+    of them take the same step.
     """
     model = loss_of.model
     if size() > 1:
         loss_of = DistributedDataParallel(loss_of, forward_sync_buffers=False, gradient_as_bucket_view=True)
     n = windows_per_step(s.tokens_per_step, s.context_length)
     parts = micro_batches(n // size(), s.context_length, s.micro_tokens)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
     points = set(evaluation_steps(s))
     saved_at = time.monotonic()
     since = progress.step  # step of the last evaluation
@@ -639,17 +690,7 @@ def _fit(
         ids = torch.from_numpy(windows.draw(n, s.seed, step)).chunk(size())[rank()]
         if device.type == "cuda":
             ids = ids.pin_memory().to(device, non_blocking=True)
-        for i, part in enumerate(ids.chunk(parts)):
-            with ExitStack() as stack:
-                if size() > 1 and i < parts - 1:
-                    stack.enter_context(loss_of.no_sync())
-                with _autocast(device, bf16):
-                    loss = loss_of(part) / parts
-                loss.backward()
-            losses[step - since] += loss.detach()
-        torch.nn.utils.clip_grad_norm_(trained, s.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        losses[step - since] = update(loss_of, optimizer, ids, parts, s.clip, bf16)
         progress.step += 1
         bar.update()
         if progress.step not in points:
