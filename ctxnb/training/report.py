@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'read_runs', 'Curve', 'curves', 'headline', 'moves', 'plot_loss', 'plot_two_views', 'plot_positions',
            'shorter', 'plot_shorter', 'token_flops', 'at_compute', 'matched_losses', 'best_lengths', 'plot_matched',
-           'run_table', 'settings']
+           'data_exponents', 'run_table', 'settings']
 
 # %% ../../nbs/training/report.ipynb #d3466786
 from collections.abc import Iterator, Sequence
@@ -546,6 +546,47 @@ def plot_matched(
     sns.despine(figure)
     figure.tight_layout()
     return figure
+
+# %% ../../nbs/training/report.ipynb #75c7e9ab
+def data_exponents(
+    curves: list[Curve],
+    form: str = "power",
+) -> pd.DataFrame:
+    """Exponent of the loss in the data size, at each context length apart.
+
+    Args:
+        curves: from `curves`, of at least as many data sizes as the form has parameters, with the same lengths.
+        form: "power" for R + A D^-alpha with R at or above zero, "pure_power" for A D^-alpha; see `ctxnb.theory.fitting.LAWS`.
+
+    Returns:
+        A row per context length: `alpha` of the mean losses, `low` and `high` of the central 95 % of the replicates, `at_edge` the share
+        of the replicates in which the exponent ends at the edge of the range that is searched, and `floor`, the R of the mean losses in nats.
+
+    Raises:
+        ValueError: the form is not one of the two, there are too few data sizes, or curves of different lengths.
+
+    Source: arXiv 2502.01481, approximation loss.
+    """
+    from ctxnb.theory.fitting import LAWS, fit_curves
+
+    if form not in ("power", "pure_power"):
+        raise ValueError(f"form = {form!r}: expected power or pure_power")
+    law, lengths = LAWS[form], curves[0].context_length
+    if len(curves) < len(law.names):
+        raise ValueError(f"{form} has {len(law.names)} parameters: expected at least as many data sizes, got {len(curves)}")
+    if any(not np.array_equal(curve.context_length, lengths) for curve in curves):
+        raise ValueError("the data sizes have different context lengths: expected the same at each")
+    sizes = (np.array([curve.train_tokens for curve in curves], float),)
+    low, high = law.box(sizes)[0]
+    rows = []
+    for k, length in enumerate(lengths):
+        losses = np.stack([np.append(curve.loss[k], curve.replicates[:, k]) for curve in curves], axis=1)  # [1 + B, D]
+        fitted, _, _ = fit_curves(law, sizes, losses, nonnegative_offset=law.offset)
+        alpha = fitted[:, law.names.index("gamma")]
+        ends = np.percentile(alpha[1:], [2.5, 97.5])
+        edge = (np.isclose(alpha[1:], low) | np.isclose(alpha[1:], high)).mean()
+        rows.append((alpha[0], *ends, edge, fitted[0, 0] if law.offset else 0.0))
+    return pd.DataFrame(rows, columns=["alpha", "low", "high", "at_edge", "floor"], index=pd.Index(lengths, name="context_length"))
 
 # %% ../../nbs/training/report.ipynb #55aead5a
 def run_table(
