@@ -1,6 +1,7 @@
 """What the training notebooks can't show: kill -9, properties over many inputs, a corpus of one's own."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -363,11 +364,20 @@ def losses_of(run: dict) -> list[float]:
 
 def test_two_processes_are_one_run(tmp_path):
     """Losses of every evaluation agree: windows, micro-batches, gradient means and clipping are those of one process."""
-    one, two = (train(folder=tmp_path / str(n), processes=n, **GROUP) for n in (1, 2))
+    logger, handler = logging.getLogger("ctxnb"), logging.FileHandler(tmp_path / "log.txt")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        one, two = (train(folder=tmp_path / str(n), processes=n, **GROUP) for n in (1, 2))
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
     assert (one["group_size"], two["group_size"]) == (1, 2)
     # sums in another order: 1e-7 of a loss at first, which a dozen updates do not carry beyond 1e-5
     assert losses_of(two) == pytest.approx(losses_of(one), abs=2e-5)
     assert [f.name for f in (tmp_path / "2").iterdir()] == [MODEL]
+    assert (tmp_path / "log.txt").read_text().count("step 12/12") == 2  # by one process of each run
     unlike = one.keys() - CLOCK - {"group_size"}
     assert {k: two[k] for k in unlike if not isinstance(one[k], (float, list))} == {
         k: one[k] for k in unlike if not isinstance(one[k], (float, list))
@@ -392,20 +402,23 @@ def test_two_machines_meet_and_both_learn_the_result(tmp_path):
     assert results[0]["loss"] == pytest.approx(train(folder=tmp_path / "one", **GROUP)["loss"], abs=2e-5)
 
 
-def test_a_killed_group_leaves_no_process_and_goes_on_in_one(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_group_leaves_no_process_and_a_checkpoint(tmp_path, how):
     long = TINY | dict(context_length=16, min_steps=20_000, evaluations=2_000, patience=2_000)
     command = [sys.executable, "-c", RUN, json.dumps(long | {"folder": str(tmp_path), "processes": 2})]
-    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 300
         while stamp(tmp_path) is None:
             assert launcher.poll() is None and time.monotonic() < deadline, "no checkpoint"
             time.sleep(0.05)
         members = [child for child in psutil.Process(launcher.pid).children(recursive=True)]
+        launcher.send_signal(how)
+        _, said = launcher.communicate(timeout=60)
     finally:
         launcher.kill()
-        launcher.wait()
     assert len(members) >= 2
+    assert how == signal.SIGKILL or said.strip().endswith("KeyboardInterrupt")
     _, alive = psutil.wait_procs(members, timeout=30)
     assert not alive, "members outlived their launcher"
     reached = torch.load(tmp_path / CHECKPOINT, weights_only=True)["progress"]["step"]

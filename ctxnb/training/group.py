@@ -5,18 +5,25 @@
 # %% ../../nbs/training/group.ipynb #51a93168
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+log = logging.getLogger("ctxnb")
+
 # %% auto #0
-__all__ = ['rank', 'size', 'from_first', 'mean', 'check_group', 'in_group']
+__all__ = ['log', 'rank', 'size', 'from_first', 'mean', 'check_group', 'in_group']
 
 # %% ../../nbs/training/group.ipynb #f6bd0d3f
 _PATIENCE = timedelta(hours=1)  # a process waits so long for the others: the first one evaluates alone
@@ -105,12 +112,15 @@ def in_group(
         device: "cuda" for NCCL between GPUs, "cpu" for gloo; CPU threads of this process are divided among the new ones.
         **arguments: of the function; they must survive pickling.
 
+    The first process of the group writes to the log files that the `ctxnb` logger has here.
+
     Returns:
         What the function returned in the first process on this machine.
 
     Raises:
         ValueError, RuntimeError: see `check_group`.
         RuntimeError: when a process failed, with its message; the others are ended.
+        KeyboardInterrupt: when this process is interrupted; all of the group are ended.
     """
     check_group(processes, nodes, rendezvous, device)
     threads = max(1, torch.get_num_threads() // processes)
@@ -119,12 +129,33 @@ def in_group(
         run_id="ctxnb" if nodes > 1 else uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint=rendezvous or "localhost:0",  # port 0: any free one
     )  # fmt: skip
+    files = [(handler.baseFilename, handler.formatter) for handler in log.handlers if isinstance(handler, logging.FileHandler)]
+    logs = {"files": files, "level": log.level}
     try:
-        results = elastic_launch(config, _member)(function, device, threads, arguments)
+        with _signals_kept():
+            results = elastic_launch(config, _member)(function, device, threads, logs, arguments)
+    except SignalException as stopped:
+        if stopped.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         raise RuntimeError(f"process {number} of the group failed: {_message(failure)}") from error
     return results[min(results)]
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Give signals back to those who handled them: the launcher takes them for itself, and for good."""
+    if threading.current_thread() is not threading.main_thread():  # then it doesn't
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _message(failure) -> str:
@@ -135,12 +166,17 @@ def _message(failure) -> str:
 
 
 @record  # keeps what an exception said, for the launcher
-def _member(function: Callable[..., object], device: str, threads: int, arguments: dict) -> object:
+def _member(function: Callable[..., object], device: str, threads: int, logs: dict, arguments: dict) -> object:
     """What each process of a group runs; the launcher has set RANK, LOCAL_RANK and the others in its environment."""
     torch.set_num_threads(threads)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+    for name, formatter in logs["files"] if rank() == 0 else []:
+        handler = logging.FileHandler(name)
+        handler.setFormatter(formatter)
+        log.addHandler(handler)
+        log.setLevel(logs["level"])
     try:
         return function(**arguments)
     finally:
