@@ -391,7 +391,7 @@ def free_port() -> int:
 
 
 def test_two_machines_meet_and_both_learn_the_result(tmp_path):
-    """Two launchers on this machine, one process each; both give the one result, and one process continues after a kill."""
+    """Two launchers on this machine, one process each; both give the one result, which is that of one process."""
     arguments = GROUP | dict(nodes=2, rendezvous=f"localhost:{free_port()}", folder=str(tmp_path / "run"))
     command = [sys.executable, "-c", RUN, json.dumps(arguments)]
     environment = os.environ | {"TQDM_DISABLE": "1"}
@@ -412,7 +412,7 @@ def test_a_stopped_group_leaves_no_process_and_a_checkpoint(tmp_path, how):
         while stamp(tmp_path) is None:
             assert launcher.poll() is None and time.monotonic() < deadline, "no checkpoint"
             time.sleep(0.05)
-        members = [child for child in psutil.Process(launcher.pid).children(recursive=True)]
+        members = psutil.Process(launcher.pid).children(recursive=True)
         launcher.send_signal(how)
         _, said = launcher.communicate(timeout=60)
     finally:
