@@ -33,8 +33,8 @@ lab: .venv/.ready  ## open JupyterLab at its start page
 	cd nbs && ../$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/start.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: .venv/.ready  ## run the cells of all notebooks, then the tests
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_folder_re '^[_.]|^results$$'  # tests/test_pages.py runs the results
+	$(BIN)/python -m pytest tests --durations=15
 
 export: .venv/.ready  ## write ctxnb/*.py and README.md from the notebooks, and clean the notebooks
 	$(BIN)/nbdev_export

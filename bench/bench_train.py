@@ -141,11 +141,13 @@ def measure(name: str, shape: tuple, length: int, arguments, peak: float) -> dic
     times = {way: [] for way in ways}
     for _ in range(arguments.steps):
         for way, step in ways.items():
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
             times[way].append(seconds(step))
     rate = {way: shape[5] / statistics.median(taken) for way, taken in times.items()}
-    del ways, step
+    if cuda:  # memory of ours alone
+        del ways["plain"], step
+        torch.cuda.reset_peak_memory_stats()
+        ways["ours"]()
+    del ways
     layers, _, width, vocabulary = shape[:4]
     result = {
         "shape": name, "l": length, "parameters": parameter_count(layers, width, vocabulary), "tokens_per_step": shape[5],

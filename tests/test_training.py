@@ -418,7 +418,7 @@ def test_a_stopped_group_leaves_no_process_and_a_checkpoint(tmp_path, how):
     finally:
         launcher.kill()
     assert len(members) >= 2
-    assert how == signal.SIGKILL or said.strip().endswith("KeyboardInterrupt")
+    assert how == signal.SIGKILL or "KeyboardInterrupt" in said.splitlines()  # Python may speak of leaked semaphores after it
     _, alive = psutil.wait_procs(members, timeout=30)
     assert not alive, "members outlived their launcher"
     reached = torch.load(tmp_path / CHECKPOINT, weights_only=True)["progress"]["step"]

@@ -172,6 +172,7 @@ def _member(function: Callable[..., object], device: str, threads: int, logs: di
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+    dist.barrier()  # until all are connected: a process that asks nothing of the others could be gone before
     for name, formatter in logs["files"] if rank() == 0 else []:
         handler = logging.FileHandler(name)
         handler.setFormatter(formatter)

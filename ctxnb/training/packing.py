@@ -72,8 +72,7 @@ def document_positions(ids: torch.Tensor, eod: int) -> torch.Tensor:
 
     Returns:
         int64 [n, l]. Given as `position_ids` with `use_cache=False`, they keep attention inside documents in
-        `transformers`: where positions
-        do not go on by one, another sequence begins.
+        `transformers`: where positions do not go on by one, another sequence begins.
     """
     index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     return index - torch.where(ids == eod, index, 0).cummax(1).values

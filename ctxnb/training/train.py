@@ -17,6 +17,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -515,41 +516,47 @@ def train(
             f"processes x nodes = {processes} x {nodes} can't share equally the {n} windows of a step "
             f"(tokens_per_step / context_length = {s.tokens_per_step:,} / {s.context_length:,}): expected a divisor of {n}"
         )
-    given = store
-    if store is None:
-        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens)
-    _windows(s, store)
-    _targets(s, store)
+    text = _text(s, store)
     arguments = dict(s=s, folder=Path(folder), compile=compile, checkpoint_seconds=checkpoint_seconds)
     if processes * nodes == 1:
-        return _train(store=store, **arguments)
+        return _train(text=text, **arguments)
     # a new process opens the store from its file, which lies ready by now
-    return in_group(_train, processes, nodes, rendezvous, device.type, store=given, **arguments)
+    return in_group(_train, processes, nodes, rendezvous, device.type, store=store, **arguments)
 
 
-def _windows(s: Settings, store: TokenStore) -> Windows | Packed:
-    """Training windows; refuses pieces that are all too short."""
+class _Text(NamedTuple):
+    """What a run reads of the text."""
+
+    store: TokenStore
+    windows: Windows | Packed
+    dev: Targets
+    test: Targets
+
+
+def _text(s: Settings, store: TokenStore | None) -> _Text:
+    """Open the text and draw from it; refuses pieces that are all too short, and documents too short for a target."""
+    if store is None:
+        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens)
     data = subset(store, s.train_tokens, s.seed, s.segment_tokens)
     windows = Windows(data, s.context_length) if s.windows == "inside" else Packed(data, s.context_length, store.eod)
-    len(windows)
-    return windows
-
-
-def _targets(s: Settings, store: TokenStore) -> tuple[Targets, Targets]:
-    """Evaluation targets of the dev and of the test split."""
-    return tuple(
+    len(windows)  # raises where there is none
+    dev, test = (
         draw_targets(store, split, s.max_context, each, s.targets_seed)
         for split, each in (("dev", s.dev_targets), ("test", s.test_targets))
     )
+    return _Text(store, windows, dev, test)
 
 
-def _train(s: Settings, folder: Path, store: TokenStore | None, compile: bool | None, checkpoint_seconds: float) -> dict:
-    """The run of one process, which is all of it or a share in a group; only the first process writes files."""
+def _train(
+    s: Settings, folder: Path, compile: bool | None, checkpoint_seconds: float, text: _Text | None = None, store: TokenStore | None = None
+) -> dict:
+    """The run of one process, which is all of it or a share in a group; only the first process writes files.
+
+    A process of a group gets no `text`, which is costly to send, and opens it.
+    """
     device = choose_device(s.device)
     bf16 = device.type == "cuda" if s.bf16 is None else s.bf16
-    if store is None:
-        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens)
-    windows, (dev, test) = _windows(s, store), _targets(s, store)
+    store, windows, dev, test = text or _text(s, store)
 
     folder.mkdir(parents=True, exist_ok=True)
     about = {key: getattr(s, key) for key in ("context_length", "train_tokens", "seed", "corpus", "tokenizer")}
