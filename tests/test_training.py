@@ -406,14 +406,17 @@ def test_two_machines_meet_and_both_learn_the_result(tmp_path):
 def test_a_stopped_group_leaves_no_process_and_a_checkpoint(tmp_path, how):
     long = TINY | dict(context_length=16, min_steps=20_000, evaluations=2_000, patience=2_000)
     command = [sys.executable, "-c", RUN, json.dumps(long | {"folder": str(tmp_path), "processes": 2})]
-    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         deadline = time.monotonic() + 300
         while stamp(tmp_path) is None:
             assert launcher.poll() is None and time.monotonic() < deadline, "no checkpoint"
             time.sleep(0.05)
         members = psutil.Process(launcher.pid).children(recursive=True)
-        launcher.send_signal(how)
+        if how == signal.SIGINT:
+            os.killpg(launcher.pid, how)  # as a terminal and Jupyter do it
+        else:
+            launcher.send_signal(how)
         _, said = launcher.communicate(timeout=60)
     finally:
         launcher.kill()

@@ -168,6 +168,9 @@ def _message(failure) -> str:
 @record  # keeps what an exception said, for the launcher
 def _member(function: Callable[..., object], device: str, threads: int, logs: dict, arguments: dict) -> object:
     """What each process of a group runs; the launcher has set RANK, LOCAL_RANK and the others in its environment."""
+    # ctrl-C, and the launcher's death, come as SIGINT. They end a process at once: amid a reduction, Python's way out can hang
+    # for ever, since PyTorch 2.13 waits for gloo's threads with the interpreter locked. What lies on disk is whole at any moment.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(threads)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
