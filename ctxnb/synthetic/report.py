@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from ..figures import context_colours, data_colours
 from ..theory.approximation import fit_exponent
+from ..theory.optimal_context import MeasuredCurve
 
 # %% auto #0
 __all__ = ['COLUMNS', 'read_runs', 'Curve', 'curves', 'headline', 'moves', 'learning', 'exponents', 'plot_loss',
@@ -54,60 +55,17 @@ def read_runs(path: Path | str) -> pd.DataFrame:
 
 # %% ../../nbs/synthetic/report.ipynb #0da52c2e
 @dataclass(frozen=True)
-class Curve:
-    """Loss against context length at one data size, with bootstrap replicates over seeds.
+class Curve(MeasuredCurve):
+    """Loss against context length at one data size; replicates are of resampled seeds.
 
     Args:
+        context_length, loss, replicates: see `MeasuredCurve`; the loss is the mean over seeds, nats.
         train_samples: D.
-        context_length: int [L], ascending.
         runs: float [S, L], loss of each seed, nats.
-        replicates: float [B, L], means of resampled seeds.
     """
 
     train_samples: int
-    context_length: np.ndarray
     runs: np.ndarray
-    replicates: np.ndarray
-
-    @property
-    def loss(self) -> np.ndarray:
-        """[L] mean over seeds, nats."""
-        return self.runs.mean(0)
-
-    @property
-    def best(self) -> int:
-        """Context length with the smallest mean loss."""
-        return int(self.context_length[self.loss.argmin()])
-
-    @property
-    def bracketed(self) -> bool:
-        """Whether the best length lies inside the grid, not at its edge."""
-        return 0 < self.loss.argmin() < len(self.loss) - 1
-
-    def best_interval(self, level: float = 0.95) -> tuple[int, int]:
-        """Range of context lengths that holds the best one of a share `level` of the replicates.
-
-        Args:
-            level: coverage.
-
-        Returns:
-            Smallest and largest length of the central range; both are lengths of the grid.
-        """
-        index = np.sort(self.replicates.argmin(axis=1))
-        ends = np.quantile(index, [(1 - level) / 2, (1 + level) / 2], method="nearest")
-        return int(self.context_length[ends[0]]), int(self.context_length[ends[1]])
-
-    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Percentile interval of each mean loss.
-
-        Args:
-            level: coverage.
-
-        Returns:
-            Lower and upper ends, each [L], nats.
-        """
-        low, high = np.quantile(self.replicates, [(1 - level) / 2, (1 + level) / 2], axis=0)
-        return low, high
 
 
 def curves(table: pd.DataFrame, column: str = "loss", resamples: int = 2000, seed: int = 0) -> list[Curve]:
@@ -132,7 +90,7 @@ def curves(table: pd.DataFrame, column: str = "loss", resamples: int = 2000, see
             raise ValueError(f"train_samples = {size:,}: no seed has a run at each of the context lengths {sorted(rows.context_length.unique())}")
         values = runs.to_numpy()
         drawn = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples) / len(values)
-        found.append(Curve(int(size), runs.columns.to_numpy(), values, drawn @ values))
+        found.append(Curve(runs.columns.to_numpy(), values.mean(0), drawn @ values, train_samples=int(size), runs=values))
     return found
 
 

@@ -19,6 +19,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from ..figures import context_colours, data_colours
+from ..theory.optimal_context import MeasuredCurve
 
 # %% ../../nbs/training/report.ipynb #5be5098f
 COLUMNS = ("run", "context_length", "train_tokens", "seed", "loss", "block_loss", "position_loss", "eval_context",
@@ -55,66 +56,19 @@ def read_runs(
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Loss against context length at one data size, with bootstrap replicates.
+class Curve(MeasuredCurve):
+    """Loss against context length at one data size; replicates are of resampled seeds and documents.
 
     Args:
+        context_length, loss, replicates: see `MeasuredCurve`; the loss is the mean over seeds and targets, nats per token.
         train_tokens: D, unique training tokens.
-        context_length: [L] int, ascending.
         seeds: the seeds, each of which has a run at every context length.
-        loss: [L] mean over seeds and targets, nats per token.
-        replicates: [B, L] the same mean, on resampled seeds and documents.
         documents: number of documents resampled.
     """
 
     train_tokens: int
-    context_length: np.ndarray
     seeds: tuple[int, ...]
-    loss: np.ndarray
-    replicates: np.ndarray
     documents: int
-
-    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Percentile interval of each loss.
-
-        Args:
-            level: coverage.
-
-        Returns:
-            Lower and upper ends, each [L], nats per token.
-        """
-        tail = 100 * (1 - level) / 2
-        low, high = np.percentile(self.replicates, [tail, 100 - tail], axis=0)
-        return low, high
-
-    @property
-    def best(self) -> int:
-        """Context length with the smallest mean loss."""
-        return int(self.context_length[self.loss.argmin()])
-
-    @property
-    def bracketed(self) -> bool:
-        """Whether the best length lies inside the grid, not at its edge."""
-        return 0 < self.loss.argmin() < len(self.loss) - 1
-
-    def best_interval(self, level: float = 0.95) -> tuple[int, int]:
-        """Range of context lengths that holds the best one of a share `level` of the replicates.
-
-        Args:
-            level: coverage.
-
-        Returns:
-            Smallest and largest length of the central range; both are lengths of the grid.
-        """
-        index = np.sort(self.replicates.argmin(axis=1))
-        tail = (1 - level) / 2
-        ends = np.quantile(index, [tail, 1 - tail], method="nearest")
-        return int(self.context_length[ends[0]]), int(self.context_length[ends[1]])
-
-    @property
-    def support(self) -> float:
-        """Share of the replicates in which the best length is best."""
-        return float((self.replicates.argmin(axis=1) == self.loss.argmin()).mean())
 
 
 def curves(
@@ -160,8 +114,8 @@ def _curve(train_tokens: int, rows: pd.DataFrame, resamples: int, rng: np.random
     drawn = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=resamples) / len(seeds)  # [B, S]
     by_seed = np.einsum("bn,lsn->bls", documents, total) / (documents @ count)[:, None, None]
     return Curve(
-        train_tokens, lengths, seeds, loss=(total.sum(-1) / count.sum()).mean(1),
-        replicates=np.einsum("bls,bs->bl", by_seed, drawn), documents=len(count),
+        lengths, (total.sum(-1) / count.sum()).mean(1), np.einsum("bls,bs->bl", by_seed, drawn), train_tokens=train_tokens,
+        seeds=seeds, documents=len(count),
     )
 
 # %% ../../nbs/training/report.ipynb #3e65439e
