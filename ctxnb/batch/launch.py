@@ -214,7 +214,7 @@ def check_writable(runs: Path) -> None:
 def _places(plan: Plan, workers: int, in_job: bool) -> list[Place]:
     gpus = visible_gpus()
     if in_job:
-        return [Place((), None, hardware(gpus))] * workers
+        return [Place((), None, hardware(gpus, plan.grid.resources.runs_per_gpu))] * workers
     return places_for(plan.grid.resources, workers, sorted(os.sched_getaffinity(0)), gpus)
 
 

@@ -54,18 +54,21 @@ def _nvidia_smi(field: str, gpus: list[str] | None = None) -> list[str]:
 
 def hardware(
     gpus: list[str],
+    sharing: int = 1,
 ) -> str:
     """What the runs of this process work on, in words.
 
     Args:
         gpus: the GPUs they may use.
+        sharing: runs at a time on each of them.
 
     Returns:
-        The GPUs' names, or the processor's.
+        The GPUs' names, and that they are shared: a run's speed there says little about the GPU. Else the processor's name.
     """
     names = _nvidia_smi("name", gpus) if gpus else []
     if names:
-        return " + ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+        said = " + ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+        return said if sharing == 1 else f"{said}, shared by up to {sharing} runs"
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -104,7 +107,7 @@ def places_for(
             workers = min(workers, len(there) // each * sharing)
     share = resources.cpus or len(cores) // workers
     sets = _sets(gpus, resources.gpus) if resources.gpus else [None]
-    what = hardware(gpus[: resources.gpus or None])  # the GPUs of one machine are of one kind
+    what = hardware(gpus[: resources.gpus or None], resources.runs_per_gpu)  # the GPUs of one machine are of one kind
     return [Place(tuple(cores[i * share : (i + 1) * share]), sets[i % len(sets)], what) for i in range(workers)]
 
 
