@@ -203,9 +203,10 @@ def test_the_written_script_does_the_same(project, slurm, undisturbed):
 def test_a_job_over_its_time_limit_is_requeued_and_resumes(over_its_time, slurm):
     assert over_its_time("wait", "--timeout", "3").splitlines()[-1].endswith("(1 done)")
     (job,) = jobs_of(over_its_time)
-    # how many attempts depends on how much of its 15 to 45 seconds each needs to start: two on an idle machine, six were seen on a busy one
-    assert len(attempts(over_its_time)[0]) >= 2 and "timed-out" in (over_its_time.runs / ".slurm" / f"{job}_0_log.out").read_text()
-    assert int(re.search(r"Restarts=(\d+)", slurm("scontrol", "show", "job", job))[1]) >= 1
+    restarts = int(re.search(r"Restarts=(\d+)", slurm("scontrol", "show", "job", job))[1])
+    # two jobs do on an idle machine, six were seen on a busy one, where starting takes much of the 15 to 45 seconds; none tries twice
+    assert 2 <= len(attempts(over_its_time)[0]) <= restarts + 1
+    assert "timed-out" in (over_its_time.runs / ".slurm" / f"{job}_0_log.out").read_text()
     assert next(over_its_time.runs.glob("work-*/seconds")).read_text() == "46"  # no second was done twice
 
 
