@@ -2,7 +2,7 @@
 
 Run `python bench/bench_counts.py` (add --json for one line of JSON). The plain way is what one writes first: a dictionary from context to
 next token to count for each length, a set of preceding tokens for each n-gram, and the recursion target by target. Ours is
-`ctxnb.training.counts.predict`: a sort of integers for each length. Both give the same probabilities, which is checked (to 1e-10).
+`ctxnb.experiments.counts.predict`: a sort of integers for each length. Both give the same probabilities, which is checked (to 1e-10).
 
 Text is State of the Union addresses as bytes, the targets are those of the training experiment. Time is measured in this process, the two ways in
 alternation, as the ratio of the best times. Peak memory is what Python's allocator and numpy hold at most, by tracemalloc, in a run of its own. Exits with 1
@@ -21,9 +21,9 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from ctxnb.language.tokens import token_store
-from ctxnb.training.counts import FALLBACK_DISCOUNTS, predict
-from ctxnb.training.data import draw_targets, subset
+from ctxnb.text.tokens import token_store
+from ctxnb.experiments.counts import FALLBACK_DISCOUNTS, predict
+from ctxnb.text.windows import draw_targets, subset
 
 
 def plain_discounts(counts) -> list[float]:

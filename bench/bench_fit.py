@@ -14,7 +14,7 @@ import click
 import numpy as np
 from scipy.optimize import curve_fit
 
-from ctxnb.theory.fitting import LAWS, SHORTLIST, fit_curves, fit_law, resample_means
+from ctxnb.stats.fitting import LAWS, SHORTLIST, fit_curves, fit_law, resample_means
 from ctxnb.theory.recovery import LENGTHS, simulate_documents
 
 RESAMPLES = 1000

@@ -2,7 +2,7 @@
 
 Run `python bench/bench_measure.py` (add --device cuda on a GPU, --json for one line of JSON). The plain way is what one writes first:
 logits of all positions in float32 for the loss, a second pass with all hidden states for the features, and the features kept until
-their covariance is computed. Ours is `ctxnb.language.measure.measure_windows`: one pass, one position's logits, a hook for the features and a streaming
+their covariance is computed. Ours is `ctxnb.experiments.measure.measure_windows`: one pass, one position's logits, a hook for the features and a streaming
 covariance. Both give the same losses and eigenvalues, which is checked (1e-4 and 1e-4 of the largest).
 
 Time is measured in this process, the two ways in alternation, as the ratio of the medians. Peak memory is that of child processes, one for each
@@ -61,7 +61,7 @@ def plain(model, windows: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarra
 
 def ours(model, windows: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """The same numbers by the library."""
-    from ctxnb.language.measure import measure_windows
+    from ctxnb.experiments.measure import measure_windows
 
     measured = measure_windows(model, windows, batch_tokens=batch * (windows.shape[1] - 1), keep_features=False)
     return measured.loss, measured.eigenvalues[0]

@@ -40,7 +40,7 @@ def peak_bytes() -> int:
 
 
 def run_streaming(n_samples: int, n_features: int) -> np.ndarray:
-    from ctxnb.theory.spectrum import StreamingCovariance
+    from ctxnb.stats.spectrum import StreamingCovariance
 
     covariance = StreamingCovariance(n_features)
     for batch in batches(n_samples, n_features):

@@ -5,7 +5,7 @@ Run `python bench/bench_train.py` on a CPU: the two shapes of the quick experime
 tokens a step; the aims there are 0.7 M tokens/s and 40 % of the matmul rate at l = 1,024. `--json` prints one line of JSON.
 
 - plain: float32, all logits at once, AdamW as it comes, micro-batches of the same size, one run with all threads.
-- ours: `ctxnb.training.train.update`, what a run calls for each step: on a GPU compiled blocks and bfloat16 autocast, fused AdamW,
+- ours: `ctxnb.experiments.train.update`, what a run calls for each step: on a GPU compiled blocks and bfloat16 autocast, fused AdamW,
   logits of a large vocabulary in parts.
 - shared: `--share` runs of ours at once, each a process with its share of the threads, as a grid's workers (and on a GPU its
   `runs_per_gpu`) do it; tokens/s of all of them together. This ratio is that of runs per hour.
@@ -29,9 +29,9 @@ import time
 
 import torch
 
-from ctxnb.training.data import micro_batches, windows_per_step
-from ctxnb.training.gpt import flops_per_token, gpt, gpt_config, parameter_count
-from ctxnb.training.train import MeanLoss, Settings, adamw, compile_blocks, update
+from ctxnb.text.windows import micro_batches, windows_per_step
+from ctxnb.models.gpt import flops_per_token, gpt, gpt_config, parameter_count
+from ctxnb.experiments.train import MeanLoss, Settings, adamw, compile_blocks, update
 
 CPU = {  # layers, heads, width, vocabulary, context lengths, tokens a step
     "quick": (2, 4, 64, 257, (16, 128), 512),

@@ -37,15 +37,16 @@ WORK = ROOT / "_proc"  # everything made on the way; ignored by git
 SOURCE, STATIC, DOCTREES, HTML = WORK / "source", WORK / "static", WORK / "doctrees", WORK / "html"
 SITE = ROOT / "site"
 
-THEORY = "decomposition bayes_risk fitting recovery spectrum intrinsic_entropy approximation optimal_context planner"
 # Sidebar: title, folder under nbs/, reading order of the names known to have one (others follow by name).
 SECTIONS: list[tuple[str, str, str]] = [
     ("Results", "results", "advice train train_sweep counts synthetic synthetic_sweep synthetic_features measure measure_features measure_own"),
     ("Try it", "try", "train synthetic measure"),
-    ("Theory", "theory", THEORY),
-    ("Synthetic data", "synthetic", "tasks data models train features report"),
-    ("Measuring", "language", "corpus prose tokens models measure report needle"),
-    ("Training", "training", "gpt data packing train group report counts"),
+    ("Theory", "theory", "decomposition bayes_risk recovery approximation optimal_context planner"),
+    ("Statistics", "stats", "fitting spectrum intrinsic_entropy"),
+    ("Text", "text", "corpus prose tokens windows packing xor_tasks xor_strings"),
+    ("Models", "models", "gpt pretrained xor"),
+    ("Experiments", "experiments", "train group counts synthetic synthetic_features measure needle"),
+    ("Reports", "reports", "train synthetic measure"),
     ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack live"),
     ("About", "about", "claims cite contribute start"),
     ("Run templates", "runs", ""),

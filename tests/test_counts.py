@@ -14,10 +14,10 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 from bench_counts import plain  # noqa: E402
 
-from ctxnb.language.tokens import token_store  # noqa: E402
-from ctxnb.training.counts import MODELS, by_context, discounts, measure_counts, predict  # noqa: E402
-from ctxnb.training.data import draw_targets, subset  # noqa: E402
-from ctxnb.training.report import curves, headline, read_runs  # noqa: E402
+from ctxnb.text.tokens import token_store  # noqa: E402
+from ctxnb.experiments.counts import MODELS, by_context, discounts, measure_counts, predict  # noqa: E402
+from ctxnb.text.windows import draw_targets, subset  # noqa: E402
+from ctxnb.reports.train import curves, headline, read_runs  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxnb.language import corpus as corpora
-from ctxnb.language import tokens
-from ctxnb.language.corpus import open_corpus
-from ctxnb.language.tokens import load_tokenizer, open_store, token_store
+from ctxnb.text import corpus as corpora
+from ctxnb.text import tokens
+from ctxnb.text.corpus import open_corpus
+from ctxnb.text.tokens import load_tokenizer, open_store, token_store
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -93,7 +93,7 @@ def test_gpt2_ids_are_tiktokens_own(tmp_path, monkeypatch):
 def test_damaged_gpt2_cache_is_filled_again(data):
     cache = tokens._gpt2_cache()
     (cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").write_bytes(b"damaged")
-    code = "from ctxnb.language.tokens import load_tokenizer; print(load_tokenizer('gpt2').vocab_size)"
+    code = "from ctxnb.text.tokens import load_tokenizer; print(load_tokenizer('gpt2').vocab_size)"
     assert answer(python(code, CTXNB_DATA=data)) == "50257\n"
     assert len(list(cache.iterdir())) == 2
 
@@ -129,7 +129,7 @@ def test_hub_folder(data, own, hub_folder):
 def test_no_network_is_said_at_once(tmp_path):
     code = """
 import time
-from ctxnb.language.tokens import token_store
+from ctxnb.text.tokens import token_store
 assert token_store("openwebtext", percent=.1, build=False) is None
 started = time.perf_counter()
 try:
@@ -313,7 +313,7 @@ def test_store_of_other_text_moved_in_place(data, own):
 
 BUILD = """
 import sys
-from ctxnb.language.tokens import token_store
+from ctxnb.text.tokens import token_store
 print(token_store("sotu", "gpt2", min_tokens=int(sys.argv[1])).digest)
 """
 
@@ -343,7 +343,7 @@ def test_asking_for_a_digest_is_quick(data):
     store = token_store("sotu", "gpt2")
     code = """
 import sys, time
-from ctxnb.language.tokens import token_store
+from ctxnb.text.tokens import token_store
 started = time.perf_counter()
 digest = token_store("sotu", "gpt2", build=False).digest
 seconds, heavy = time.perf_counter() - started, {"torch", "transformers", "datasets", "pandas"}
@@ -357,7 +357,7 @@ print(seconds, digest, *heavy & set(sys.modules))
 
 MEMORY = r"""
 import re, sys
-from ctxnb.language.tokens import token_store
+from ctxnb.text.tokens import token_store
 tokens = len(token_store(sys.argv[1]).tokens)
 # getrusage's ru_maxrss would count the parent before the exec, too
 print(tokens, re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, CONFIG_MAPPING
 
 from ctxnb.batch.grid import read_grid, runs_of
-from ctxnb.language import models
-from ctxnb.language.measure import draw_target_table, measure, measure_windows, measured_text, read_target_table, target_windows
-from ctxnb.language.models import bos_of, find_model, load_model, longest_context, read_config
-from ctxnb.language.needle import ask
-from ctxnb.language.tokens import token_store
-from ctxnb.training.train import evaluate, train
-from ctxnb.training.data import draw_targets
+from ctxnb.models import pretrained as models
+from ctxnb.experiments.measure import draw_target_table, measure, measure_windows, measured_text, read_target_table, target_windows
+from ctxnb.models.pretrained import bos_of, find_model, load_model, longest_context, read_config
+from ctxnb.experiments.needle import ask
+from ctxnb.text.tokens import token_store
+from ctxnb.experiments.train import evaluate, train
+from ctxnb.text.windows import draw_targets
 
 ROOT = Path(__file__).parents[1]
 SIZES = dict(vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
@@ -216,7 +216,7 @@ def test_bfloat16_is_near(toy, tmp_path):
 
 GRID = """
 notebook = "{notebook}"
-data = "ctxnb.language.measure:measured_text"
+data = "ctxnb.experiments.measure:measured_text"
 [parameters]
 model = "{model}"
 tokenizer = "bytes"
@@ -236,7 +236,7 @@ def test_finished_lengths_survive_a_kill(toy, tmp_path):
     grid.parent.mkdir()
     grid.write_text(GRID.format(notebook=ROOT / "nbs" / "runs" / "measure.ipynb", model=toy))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    call = [sys.executable, "-c", "from ctxnb.command import main; main()"]
+    call = [sys.executable, "-c", "from ctxnb.cli import main; main()"]
 
     def ctxnb(*arguments, runs):
         return [*call, *arguments, "--runs-dir", str(tmp_path / runs)], dict(env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from ctxnb.batch.grid import read_grid, runs_of
-from ctxnb.command import main
-from ctxnb.language import prose
-from ctxnb.training.train import Settings
+from ctxnb.cli import main
+from ctxnb.text import prose
+from ctxnb.experiments.train import Settings
 
 ROOT = Path(__file__).parents[1]
 BUILT = prose.prose_path()

@@ -17,11 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxnb.synthetic.data import Samples, draw, permuted_bits, split, string_count
-from ctxnb.synthetic.features import feature_report, held_out_error, line_r2
-from ctxnb.synthetic.models import MODELS, make_model, mask_beyond
-from ctxnb.synthetic.tasks import TaskSet, power_tasks, read_tasks, task_set, write_tasks
-from ctxnb.synthetic.train import CHECKPOINT, MODEL, Settings, evaluate, load_model, on_plateau, train
+from ctxnb.text.xor_strings import Samples, draw, permuted_bits, split, string_count
+from ctxnb.experiments.synthetic_features import feature_report, held_out_error, line_r2
+from ctxnb.models.xor import MODELS, make_model, mask_beyond
+from ctxnb.text.xor_tasks import TaskSet, power_tasks, read_tasks, task_set, write_tasks
+from ctxnb.experiments.synthetic import CHECKPOINT, MODEL, Settings, evaluate, load_model, on_plateau, train
 
 PROJECT = Path(__file__).parents[1]
 SMALL = dict(
@@ -144,7 +144,7 @@ def test_a_model_reads_what_it_may_see_and_nothing_else(model):
 
 RUN = """
 import json, sys
-from ctxnb.synthetic.train import train
+from ctxnb.experiments.synthetic import train
 print(json.dumps(train(checkpoint_seconds=0, **json.loads(sys.argv[1]))))
 """
 
@@ -284,7 +284,7 @@ def test_a_bad_task_file_stops_a_grid_before_any_run(tmp_path):
     (tmp_path / "bad.json").write_text('{"name": "x", "bits": 4, "tasks": [[2, 1], [3, 1]], "frequencies": [0.5, 0.6]}')
     grid = (PROJECT / "data/grids/quick/synthetic.toml").read_text().replace('"xor-small"', json.dumps(str(tmp_path / "bad.json")))
     (tmp_path / "grid.toml").write_text(grid.replace('"nbs/runs/', f'"{PROJECT}/nbs/runs/'))
-    command = [sys.executable, "-c", "from ctxnb.command import main; main()", "run", str(tmp_path / "grid.toml"), "--runs-dir", str(tmp_path / "runs")]
+    command = [sys.executable, "-c", "from ctxnb.cli import main; main()", "run", str(tmp_path / "grid.toml"), "--runs-dir", str(tmp_path / "runs")]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2 and "sum to 1.1: expected 1" in ended.stderr and "Traceback" not in ended.stderr
     assert not (tmp_path / "runs").exists()

@@ -24,7 +24,7 @@ from ctxnb.theory.decomposition import (
     count_model,
     cross_entropy,
 )
-from ctxnb.theory.intrinsic_entropy import (
+from ctxnb.stats.intrinsic_entropy import (
     kde_entropy,
     kozachenko_leonenko_entropy,
     levina_bickel_dimension,
@@ -32,7 +32,7 @@ from ctxnb.theory.intrinsic_entropy import (
     scott_bandwidth,
     two_nn_dimension,
 )
-from ctxnb.theory.spectrum import (
+from ctxnb.stats.spectrum import (
     PUBLISHED_THRESHOLDS,
     StreamingCovariance,
     dimension_by_threshold,

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
-from ctxnb.theory.fitting import (
+from ctxnb.stats.fitting import (
     JOINT_LAWS, LAWS, compare_laws, fit_curves, fit_joint, fit_law, fit_reference, percentile_interval, resample_means,
     wild_curves,
 )

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ctxnb.language.tokens import token_store
-from ctxnb.training.data import Windows, draw_targets, micro_batches, subset, target_weights, windows_per_step
-from ctxnb.training.gpt import gpt, gpt_config
-from ctxnb.training.train import CHECKPOINT, MODEL, Settings, TrainingDiverged, evaluate, next_token_losses, train
+from ctxnb.text.tokens import token_store
+from ctxnb.text.windows import Windows, draw_targets, micro_batches, subset, target_weights, windows_per_step
+from ctxnb.models.gpt import gpt, gpt_config
+from ctxnb.experiments.train import CHECKPOINT, MODEL, Settings, TrainingDiverged, evaluate, next_token_losses, train
 
 CONTEXTS = [4, 8, 16, 32, 64, 128]
 TINY = dict(
@@ -158,7 +158,7 @@ def test_shuffling_moves_the_far_tokens_and_no_others(store, monkeypatch):
         seen.append(ids.numpy().copy())
         return torch.zeros(len(ids), 1)
 
-    monkeypatch.setattr("ctxnb.training.train.next_token_losses", look)
+    monkeypatch.setattr("ctxnb.experiments.train.next_token_losses", look)
     for batch in (64, 10**6):  # the order does not depend on how targets are batched
         evaluate(model, store, targets, 32, batch_tokens=batch, shuffled=20)
     whole, plain = seen[-1], targets.windows(store, 32)
@@ -200,7 +200,7 @@ def test_the_folder_is_the_model(store, tmp_path):
 
 RUN = """
 import json, sys
-from ctxnb.training.train import train
+from ctxnb.experiments.train import train
 arguments = json.loads(sys.argv[1])
 print(json.dumps(train(checkpoint_seconds=0, **arguments)))
 """
@@ -321,7 +321,7 @@ def test_large_vocabulary_is_measured_in_chunks(store, monkeypatch):
     whole = evaluate(model, store, targets, 16, positions=True)
     sizes = []
     model.lm_head.register_forward_hook(lambda module, given, logits: sizes.append(logits.numel()))
-    monkeypatch.setattr("ctxnb.training.train._LOGITS", 10 * store.vocab_size)
+    monkeypatch.setattr("ctxnb.experiments.train._LOGITS", 10 * store.vocab_size)
     chunked = evaluate(model, store, targets, 16, positions=True)
     assert max(sizes) <= 10 * store.vocab_size
     assert chunked.loss == pytest.approx(whole.loss, abs=1e-6)
@@ -333,7 +333,7 @@ def test_large_vocabulary_is_trained_in_chunks(store, monkeypatch):
     ids = torch.from_numpy(Windows(subset(store, 2_000, 0), 16).draw(8, seed=0, step=0))
     gradients, sizes = [], []
     for limit in (2**27, 10 * store.vocab_size):
-        monkeypatch.setattr("ctxnb.training.train._LOGITS", limit)
+        monkeypatch.setattr("ctxnb.experiments.train._LOGITS", limit)
         model = gpt(gpt_config(store.vocab_size, layers=1, heads=1, width=8, max_context=16), seed=0)
         model.lm_head.register_forward_hook(lambda module, given, logits: sizes.append(logits.numel()))
         next_token_losses(model, ids).mean().backward()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .fitting import LAWS, Fit, fit_curves, fit_law
+from ..stats.fitting import LAWS, Fit, fit_curves, fit_law
 
 # %% ../../nbs/theory/bayes_risk.ipynb #dcfe9fc4
 CONVENTIONS = {"visible": "context_length", "label": "label_length"}

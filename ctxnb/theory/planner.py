@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ctxnb.theory.fitting import (
+from ctxnb.stats.fitting import (
     JOINT_LAWS, Fit, Form, check_runs, fit_joint, percentile_interval,
 )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .fitting import JOINT_LAWS, LAWS, fit_joint, fit_law, percentile_interval
+from ..stats.fitting import JOINT_LAWS, LAWS, fit_joint, fit_law, percentile_interval
 from .planner import Refusal, optimal_lengths, plan, simulate_runs
 
 # %% ../../nbs/theory/recovery.ipynb #2c76f077

@@ -4,7 +4,7 @@
    or {"refusal": reason}. The numbers are those of `ctxnb advise` on the same table; a test compares them. */
 "use strict";
 (() => {
-  // --- the laws of ctxnb.theory.fitting: approximation loss over A, as ln; p holds gamma, alpha and the third shape parameter
+  // --- the laws of ctxnb.stats.fitting: approximation loss over A, as ln; p holds gamma, alpha and the third shape parameter
   const RATE = {
     constant: (p, l, D) => -p[4] * D,
     amplitude: (p, l, D) => p[5] * l - p[4] * D,
