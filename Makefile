@@ -1,17 +1,18 @@
 # Everything a person does with ctxnb, in one place. `make help` lists the targets.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first of the Pythons that were tried; `make PYTHON=/path/to/python` takes another.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell $(p) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12), (3, 13)) and print(sys.executable)' 2>/dev/null)))
 BIN    := .venv/bin
 RUNS   := $(or $(CTXNB_RUNS),data/runs)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup run site lab test export readme check
+.PHONY: help setup run site lab test test-rest test-all test-system-deps lint export readme check
 help:        ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
 setup: .venv/.ready  ## make .venv from requirements.lock and install ctxnb into it
 
 .venv/.ready: requirements.lock settings.ini setup.py
-	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), f"Python 3.11 is needed, {sys.executable} is {sys.version.split()[0]}; say make PYTHON=/path/to/python3.11"'
+	@$(PYTHON) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12), (3, 13)) or sys.exit(1)' 2>/dev/null || { echo "Python 3.11, 3.12 or 3.13 is needed, and $(or $(PYTHON),none of them) was found: say make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv || { echo "python's venv module is missing: on Debian, apt install python3-venv"; exit 1; }
 	$(BIN)/pip install -q -r requirements.lock
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
@@ -32,9 +33,27 @@ site: .venv/.ready  ## rebuild the site from the notebooks and the tables at han
 lab: .venv/.ready  ## open JupyterLab at its start page
 	cd nbs && ../$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/start.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
-test: .venv/.ready  ## run the cells of all notebooks, then the tests
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_folder_re '^[_.]|^results$$'  # tests/test_pages.py runs the results
-	$(BIN)/python -m pytest tests --durations=15
+# Two workers, each with one thread. The result pages are run by tests/test_pages.py, which compares what they print.
+NOTEBOOKS = OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --durations=15
+
+test: .venv/.ready  ## run the notebooks and the fast tests
+	$(NOTEBOOKS) --skip_folder_re '^[_.]|^results$$' --skip_file_re '^[_.]|^($(SLOW_NOTEBOOKS))\.ipynb$$'
+	$(PYTEST) -m fast -n 2 --dist loadfile $(COVERAGE)
+
+test-rest: .venv/.ready  # what `make test` leaves out; a GPU's tests skip without one
+	$(NOTEBOOKS) --flags slow --skip_folder_re '^[_.]|^results$$' --file_re '^($(SLOW_NOTEBOOKS))\.ipynb$$'
+	$(PYTEST) -m 'not fast' $(COVERAGE)
+
+test-all: test test-rest  ## run everything: also slow tests, Slurm, browser, mounts (see test-system-deps)
+
+test-system-deps:  ## install the Debian packages of the system tests, as root
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core slurm-wlm munge
+
+lint: .venv/.ready  ## look for faults without running anything: ruff, and ty for types
+	$(BIN)/ruff check ctxnb docs tests bench
+	$(BIN)/ty check ctxnb --python .venv
 
 export: .venv/.ready  ## write ctxnb/*.py and README.md from the notebooks, and clean the notebooks
 	$(BIN)/nbdev_export

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ctxnb.text.xor_strings import draw, split
-from ctxnb.models.xor import flops_per_sample, make_model
-from ctxnb.text.xor_tasks import TaskSet, task_set
 from ctxnb.experiments.synthetic import train
+from ctxnb.models.xor import flops_per_sample, make_model
+from ctxnb.text.xor_strings import draw, split
+from ctxnb.text.xor_tasks import TaskSet, task_set
 
 L, TRAIN, DEV, BATCH = 27, 50_000, 20_000, 10_000
 

@@ -29,9 +29,9 @@ import time
 
 import torch
 
-from ctxnb.text.windows import micro_batches, windows_per_step
-from ctxnb.models.gpt import flops_per_token, gpt, gpt_config, parameter_count
 from ctxnb.experiments.train import MeanLoss, Settings, adamw, compile_blocks, update
+from ctxnb.models.gpt import flops_per_token, gpt, gpt_config, parameter_count
+from ctxnb.text.windows import micro_batches, windows_per_step
 
 CPU = {  # layers, heads, width, vocabulary, context lengths, tokens a step
     "quick": (2, 4, 64, 257, (16, 128), 512),

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
-from browser import chromium, reason_not_to
+from browser import chromium
 from click.testing import CliRunner
 from playwright.sync_api import Page, expect
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "site"
 WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
 SINGLE_RUNS = 2  # pages of single runs differ in numbers only: so many of them are opened
-pytestmark = pytest.mark.slow  # about 50 s: each page is loaded twice
+pytestmark = pytest.mark.system("chromium")  # about 50 s: each page is loaded twice
 
 LOOK = r"""async () => {
     await window.MathJax?.startup?.promise;
@@ -70,8 +70,6 @@ def pages() -> list[str]:
 
 @pytest.fixture(scope="module")
 def browser():
-    if reason := reason_not_to():
-        pytest.skip(reason)
     if not (SITE / "index.html").is_file():
         subprocess.run([sys.executable, ROOT / "docs" / "build.py"], check=True)
     with chromium() as browser:

@@ -4,7 +4,6 @@ A grid of two runs: one is quick, the other works for a minute on its first atte
 can strike in the middle of it. Every case runs in a folder with a space and an umlaut in its name. The random-kill study
 at the end is the same for all moments: launchers, workers and kernels are killed until enough are, and nothing is lost.
 """
-import getpass
 import json
 import os
 import random
@@ -387,7 +386,18 @@ def project(tmp_path):
     return FaultProject(tmp_path / "a folder with späces")
 
 
-@pytest.mark.parametrize("name", TABLE)
+FAST = {"worker_killed", "notebook_fails", "secret", "unicode"}
+SYSTEM = {"full_disk": ("mount",), "read_only": ("mount",), "two_hosts": ("unshare",), "host_dies": ("unshare",)}
+
+
+def marked(name: str):
+    """A fault as a parameter of the test, with its marker."""
+    if name in SYSTEM:
+        return pytest.param(name, marks=pytest.mark.system(*SYSTEM[name]))
+    return pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in TABLE])
 def test_fault(project, name):
     row, observed = TABLE[name], globals()[name](project)
     assert observed.exit == row["exit"], observed.said
@@ -401,6 +411,7 @@ def test_fault(project, name):
 KILLS = 54
 
 
+@pytest.mark.slow
 def test_random_kills_lose_nothing(tmp_path, record_property):
     """At least 50 kills at random moments over grids of short runs; every table is the undisturbed one."""
     chance = random.Random(7)

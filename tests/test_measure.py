@@ -14,15 +14,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from ctxnb.batch.grid import read_grid, runs_of
-from ctxnb.models import pretrained as models
+from ctxnb.batch.grid import read_grid
 from ctxnb.experiments.measure import draw_target_table, measure, measure_windows, measured_text, read_target_table, target_windows
-from ctxnb.models.pretrained import bos_of, find_model, load_model, longest_context, read_config
 from ctxnb.experiments.needle import ask
-from ctxnb.text.tokens import token_store
 from ctxnb.experiments.train import evaluate, train
+from ctxnb.models import pretrained as models
+from ctxnb.models.pretrained import bos_of, find_model, load_model, longest_context, read_config
+from ctxnb.text.tokens import token_store
 from ctxnb.text.windows import draw_targets
 
 ROOT = Path(__file__).parents[1]
@@ -266,11 +266,15 @@ def test_finished_lengths_survive_a_kill(toy, tmp_path):
 
 @pytest.mark.parametrize("preset, name", [("quick", "measure"), ("standard", "measure"), ("paper", "measure"), ("standard", "measure_own"), ("standard", "needle")])
 def test_grids_are_sound(preset, name):
+    """No length exceeds the tokens that a target has before it, and more than one length is measured."""
     grid = read_grid(ROOT / "data" / "grids" / preset / f"{name}.toml")
-    if name == "measure_own":  # its model has to be trained first
-        return
-    lengths = [run.parameters.get("context_length", 1) for run in runs_of(grid)]
-    assert max(lengths) <= runs_of(grid)[0].parameters.get("max_context", 1)
+    of_all = grid.template.defaults | grid.parameters
+    if name == "needle":
+        assert max(of_all["visible"]) <= of_all["context"] and max(of_all["distances"]) <= of_all["context"]
+        assert len(set(of_all["visible"])) > 1
+    else:
+        assert len(set(grid.axes["context_length"])) > 1
+        assert max(grid.axes["context_length"]) <= of_all["max_context"]
 
 
 # --- questions ----------------------------------------------------------------------------------------------

