@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .privacy import secret_in
-from .resources import Resources, read_resources, read_toml, typed
+from .resources import Resources, leaves, read_resources, read_toml, typed
 from .template import GridError, Template, load, read_template, unknown
 from ..paths import project_root
 
@@ -139,13 +139,9 @@ def _blocks(content: Any, parameters: dict[str, Any], template: Template, path: 
 
 def _refuse_secrets(parameters: dict[str, Any], where: str) -> None:
     for name, values in parameters.items():
-        if reason := next(filter(None, (secret_in(name, value) for value in _leaves(values))), ""):
+        if reason := next(filter(None, (secret_in(name, value) for value in leaves(values))), ""):
             raise GridError(f"{where}: parameter {name} is refused, {reason}: parameters are written into every notebook and table made "
                             "with them. Let the notebook read it from an environment variable")
-
-
-def _leaves(value: Any) -> Iterable[Any]:
-    return itertools.chain.from_iterable(map(_leaves, value)) if isinstance(value, list) else [value]
 
 # %% ../../nbs/batch/grid.ipynb #3bdc5466
 def _check_settings(grid: Grid) -> None:

@@ -93,6 +93,8 @@ def row_parameters(
 
 def _like(value: Any, default: Any) -> Any:
     value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, (list, tuple)):
+        return [_like(item, None) for item in value]
     if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, (int, float)):
         return type(default)(value) if float(value) == type(default)(value) else value
     return value
