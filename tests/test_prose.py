@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from ctxnb.batch.grid import read_grid, runs_of
+from ctxnb.batch.grid import read_grid
+from ctxnb.batch.runs import runs_of
 from ctxnb.cli import main
 from ctxnb.text import prose
 from ctxnb.experiments.schema import TrainSettings
