@@ -16,14 +16,8 @@ from ctxnb.theory.approximation import (
     nearest_neighbour_theory,
     neighbour_share,
 )
-from ctxnb.theory.decomposition import (
-    HiddenMarkovSource,
-    MarkovSource,
-    approximation_loss,
-    bayes_risk,
-    count_model,
-    cross_entropy,
-)
+from ctxnb.stats.sources import HiddenMarkovSource, MarkovSource, bayes_risk
+from ctxnb.theory.decomposition import approximation_loss, count_model, cross_entropy
 from ctxnb.stats.intrinsic_entropy import (
     kde_entropy,
     kozachenko_leonenko_entropy,
