@@ -91,7 +91,7 @@ def _name_lost(plan: Plan) -> bool:
 class _Group(click.Group):
     """The group, with commands of the experiments that are imported only when called: `status` must not wait for scipy."""
 
-    lazy = {"advise": "ctxnb.theory.planner", "prose": "ctxnb.text.prose"}
+    lazy = {"advise": "ctxnb.theory.planner", "horizon": "ctxnb.experiments.horizon", "prose": "ctxnb.text.prose"}
 
     def list_commands(self, context: click.Context) -> list[str]:
         return sorted([*super().list_commands(context), *self.lazy])
