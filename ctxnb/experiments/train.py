@@ -414,8 +414,7 @@ def run_trial(job: Job, candidate: int, steps: int) -> None:
     found.trials.append({"candidate": candidate, "steps": steps, "dev_loss": dev_loss, "train_loss": train_loss})
     if dev_loss < found.best_loss:
         found.best_loss, found.best_weights = dev_loss, copy_state(job.model.state_dict())
-    log.info("l=%d D=%d seed=%d candidate %d, %d steps: train %.4f, dev %.4f",
-             job.s.context_length, job.s.train_tokens, job.s.seed, candidate, steps, train_loss, dev_loss)  # fmt: skip
+    log.info("trial %d: candidate %d, %d steps: train %.4f, dev %.4f", len(found.trials), candidate, steps, train_loss, dev_loss)
 
 
 def search(job: Job) -> None:
