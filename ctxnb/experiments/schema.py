@@ -116,9 +116,7 @@ class TrainSettings:
     precision: str = setting("auto", "arithmetic of training: float32, bfloat16, or auto for the faster one as measured",
                              choices=("auto", "float32", "bfloat16"))
     micro_tokens: int = setting(16_384, "tokens that go through the model at once", 1)
-    processes: int = setting(1, "processes on this machine that share the windows of a step; on GPUs, one for each", 1)
-    nodes: int = setting(1, "machines that do; the same run is then started on each, with one run folder", 1)
-    rendezvous: str = setting("", "host:port of one of several machines")
+    processes: int = setting(1, "processes that share the windows of a step; 0: one for each GPU that the run sees", 0)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -199,13 +197,8 @@ def _check_train(s: TrainSettings) -> None:
             )
     for length in s.block_lengths:
         windows = s.step_windows(length)
-        if windows % (s.processes * s.nodes):
-            raise ValueError(
-                f"processes x nodes = {s.processes} x {s.nodes} can't share equally the {windows} windows of a step: "
-                f"expected a divisor of {windows}"
-            )
-    if s.nodes > 1 and not s.rendezvous.rpartition(":")[2].isdigit():
-        raise ValueError(f"rendezvous = {s.rendezvous!r} with nodes = {s.nodes}: expected host:port, the same on all machines")
+        if windows % max(1, s.processes):
+            raise ValueError(f"processes = {s.processes} can't share equally the {windows} windows of a step: expected a divisor of {windows}")
     if s.width % s.heads or (s.width // s.heads) % 4:
         raise ValueError(
             f"width = {s.width} with heads = {s.heads} makes heads of {s.width / s.heads:g}: expected a width that is a "
@@ -410,7 +403,7 @@ class TrainResult:
     precision: str = column("arithmetic of training: float32 or bfloat16")
     precision_gain: float | None = column("speed of bfloat16 over float32 as measured before training; None where it was not measured")
     hardware_used: str = column("cpu, or the name of the GPU")
-    group_size: int = column("processes on all machines")
+    group_size: int = column("processes that shared each step")
 
 
 def about(record: type) -> pd.DataFrame:
