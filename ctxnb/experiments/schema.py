@@ -138,6 +138,10 @@ class TrainSettings:
             lengths.append(lengths[-1] // 2)
         return lengths
 
+    def check(self, store: TokenStore) -> list[str]:
+        """Check the settings against the text they name, see `check_text`."""
+        return check_text(self, store)
+
     def block_targets(self, length: int) -> int:
         """Targets in a block: all of its positions, the last quarter, or the last one.
 
