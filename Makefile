@@ -5,7 +5,7 @@ BIN    := .venv/bin
 RUNS   := $(or $(CTXNB_RUNS),data/runs)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup run site lab test test-rest test-all test-system-deps lint export readme check
+.PHONY: help setup run site lab test test-rest test-all test-system-deps lint gpu-bundle gpu-rehearsal gpu-collect export readme check
 help:        ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
@@ -54,6 +54,20 @@ test-system-deps:  ## install the Debian packages of the system tests, as root
 lint: .venv/.ready  ## look for faults without running anything: ruff, and ty for types
 	$(BIN)/ruff check ctxnb docs tests bench
 	$(BIN)/ty check ctxnb --python .venv
+
+gpu-bundle: .venv/.ready  ## gather in gpu-bundle/ what `bash bench/gpu_pass.sh gpu-bundle OUT` needs on a bare GPU machine
+	$(BIN)/python bench/gpu_bundle.py gpu-bundle
+
+# The same steps on this CPU at tiny sizes, in at most 3 minutes of an idle machine with two cores.
+gpu-rehearsal: .venv/.ready
+	$(BIN)/python bench/gpu_bundle.py gpu-bundle-rehearsal --no-wheels --no-data
+	PYTHON=$(BIN)/python bash bench/gpu_pass.sh gpu-bundle-rehearsal gpu-out-rehearsal 300 --rehearse
+	@rm -rf gpu-bundle-rehearsal gpu-out-rehearsal
+
+# What a pass brought back (its OUT folder): its runs go to this machine's, so that a later bundle has them, and into the committed table.
+gpu-collect: .venv/.ready
+	mkdir -p $(RUNS) && tar -xzf $(OUT)/runs.tar.gz -C $(RUNS)
+	$(BIN)/ctxnb results data/grids/standard/train.toml -o data/results/train-standard.parquet
 
 export: .venv/.ready  ## write ctxnb/*.py and README.md from the notebooks, and clean the notebooks
 	$(BIN)/nbdev_export

@@ -288,7 +288,7 @@ def note_provenance(nb: nbformat.NotebookNode, tables: Iterable[Path]) -> list[s
 
     lines, wrong = [], []
     for table in tables:
-        made_from, complaints = provenance(table, ROOT)
+        made_from, complaints = provenance(table, ROOT, "\n".join(cell.source for cell in nb.cells))
         if made_from:
             lines.append(f"`{shown(table)}`: {made_from}")
         if complaints:

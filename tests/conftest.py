@@ -9,7 +9,7 @@ MARKERS = {
     "fast": "has no other marker: runs in `make test`",
     "slow": "takes long, or repeats at length what a fast test checks once",
     "system(*commands)": "needs these commands, or root: `make test-system-deps` installs them (browser, Slurm, mounts, apt)",
-    "gpu": "needs a CUDA device",
+    "gpu": "needs a CUDA device; CTXNB_GPU_REHEARSAL=1 runs it on the CPU",
 }
 
 
@@ -32,7 +32,7 @@ def pytest_runtest_setup(item):
     needed = [command for mark in item.iter_markers("system") for command in mark.args]
     if missing := [command for command in needed if not shutil.which(command)]:
         pytest.fail(f"{', '.join(missing)} not found: run `make test-system-deps`, or leave these tests out with -m 'not system'", pytrace=False)
-    if item.get_closest_marker("gpu"):
+    if item.get_closest_marker("gpu") and not os.environ.get("CTXNB_GPU_REHEARSAL"):
         import torch
 
         if not torch.cuda.is_available():

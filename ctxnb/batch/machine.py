@@ -15,7 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .grid import GridError, Resources
+from .resources import Resources
+from .template import GridError
 
 # %% ../../nbs/batch/machine.ipynb #a9099ed3
 @dataclass(frozen=True)
