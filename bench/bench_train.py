@@ -36,7 +36,7 @@ import torch
 from ctxnb.experiments.schema import TrainSettings
 from ctxnb.experiments.train import BlockLoss, adamw, compile_blocks, update
 from ctxnb.models.gpt import flops_per_token, gpt, gpt_config, parameter_count
-from ctxnb.text.windows import micro_batches, windows_per_step
+from ctxnb.text.windows import micro_batches
 
 CPU = {  # layers, heads, width, vocabulary, context lengths, tokens a step
     "quick": (2, 4, 64, 257, (16, 128), 512),
@@ -55,8 +55,7 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dens
 
 def windows_of(shape: tuple, length: int, device: str) -> torch.Tensor:
     """Random windows of one step; what they say does not matter for the speed."""
-    n = windows_per_step(shape[5], length)
-    return torch.randint(shape[3], (n, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randint(shape[3], (shape[5] // length, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def model_of(shape: tuple, length: int, device: str):
@@ -96,7 +95,7 @@ def compiled(shape: tuple, length: int, device: str, micro: int):
 def ours(shape: tuple, length: int, device: str, micro: int):
     """The same step by the library."""
     model, ids = model_of(shape, length, device), windows_of(shape, length, device)
-    settings = TrainSettings(context_length=length, max_context=length, tokens_per_step=shape[5], segment_tokens=0)
+    settings = TrainSettings(context_length=length, max_context=length, segment_tokens=0, tokens_per_step=shape[5])
     optimizer = adamw(model, 1e-4, 0.1, settings)
     parts = micro_batches(len(ids), length, micro)
     loss_of, cuda = BlockLoss(model, settings), device == "cuda"

@@ -30,8 +30,8 @@ SPARE = 12.0  # seconds kept for the last report, the table and the archive
 # One seed of the grid has 330 of the 570 seconds; the correctness step has what a compilation for each of its shapes costs.
 SECONDS = {"correctness": 90, "speed: published shape": 75, "speed: small models": 45, "speed: measuring": 25, "speed: synthetic": 20}
 # What makes a run of the rehearsal small; all else is the real grid's.
-TINY = dict(corpus="", tokenizer="bytes", min_tokens=1, max_context=16, segment_tokens=512, layers=1, heads=2, width=16, tokens_per_step=128,
-            epochs=1.0, evaluations=2, dev_targets=2, test_targets=2, device="cpu")
+TINY = dict(tokenizer="bytes", min_tokens=1, max_context=16, segment_tokens=512, layers=1, heads=2, width=16, tokens_per_step=128,
+            epochs=[0.5, 1.0], candidates=[[0.0, 0.1, 0.002], [0.1, 0.1, 0.002]], dev_targets=2, test_targets=2, train_targets=4, device="cpu")
 TINY_AXES = dict(train_tokens=[2000, 4000], context_length=[4, 16], seed=[0, 1])
 
 
@@ -203,7 +203,7 @@ def small_grid(run: Pass) -> Path:
     corpus = run.work / "words.jsonl"
     corpus.write_text("".join(json.dumps({"text": " ".join(chance.choices(words, range(1, 201), k=120))}) + "\n" for _ in range(120)))
     content = tomllib.loads(GRID.read_text())
-    parameters = {name: value for name, value in content["parameters"].items() if name not in ("min_steps",)} | TINY | {"corpus": str(corpus)}
+    parameters = content["parameters"] | TINY | {"corpus": str(corpus)}
     grid = run.work / "quick" / "train.toml"
     grid.parent.mkdir()
     lines = [f"notebook = {toml(str(ROOT / content['notebook']))}", "data = \"ctxnb.text.tokens:token_store\"", "[parameters]"]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ REHEARSAL = bool(os.environ.get("CTXNB_GPU_REHEARSAL"))
 DEVICE = "cpu" if REHEARSAL else "cuda"
 RUN = dict(
     train_tokens=6000, seed=3, context_length=16, max_context=16, segment_tokens=512, layers=2, heads=2, width=32, tokens_per_step=256,
-    epochs=1.0, evaluations=2, dev_targets=2, test_targets=2, learning_rate=0.002,
+    epochs=[0.5, 1.0], candidates=[[0.0, 0.1, 0.002]], dev_targets=2, test_targets=2, train_targets=4,
 )
 
 
@@ -44,55 +45,57 @@ def store(text, tmp_path_factory):
         yield token_store(str(text), "bytes")
 
 
-def trained(store, folder, device: str, compile: bool = False, bf16: bool = False, **more) -> dict:
-    return train(folder=folder, store=store, compile=compile, **RUN | dict(device=device, bf16=bf16) | more)
+def trained(store, folder, device: str, compile: bool = False, precision: str = "float32", **more) -> list[float]:
+    """The losses of a run, see `losses`."""
+    return losses(asdict(train(folder=folder, store=store, compile=compile, **RUN | dict(device=device, precision=precision) | more)))
 
 
-def curve(result: dict) -> list[float]:
+def losses(result: dict) -> list[float]:
     """Every loss of a run, in order."""
-    return [*result["history_train_loss"], *result["history_dev_loss"], result["loss"], result["block_loss"]]
+    return [*result["trial_train_loss"], *result["trial_dev_loss"], *result["context_loss"], result["block_loss"]]
 
 
 def test_float32_gives_the_losses_of_the_cpu(store, tmp_path):
     ours, cpu = trained(store, tmp_path / "gpu", DEVICE), trained(store, tmp_path / "cpu", "cpu")
-    assert curve(ours) == pytest.approx(curve(cpu), abs=1e-4)
+    assert ours == pytest.approx(cpu, abs=1e-4)
 
 
 def test_bfloat16_is_within_its_error(store, tmp_path):
     """8 bits of mantissa are 0.4 % of a loss of 3 nats at one place, and less in a mean: 0.02 nats."""
-    ours, exact = trained(store, tmp_path / "bf16", DEVICE, bf16=True), trained(store, tmp_path / "exact", DEVICE)
-    assert curve(ours) == pytest.approx(curve(exact), abs=2e-2) and curve(ours) != curve(exact)
+    ours, exact = trained(store, tmp_path / "bf16", DEVICE, precision="bfloat16"), trained(store, tmp_path / "exact", DEVICE)
+    assert ours == pytest.approx(exact, abs=2e-2) and ours != exact
 
 
 @pytest.mark.skipif(REHEARSAL, reason="a compiler for the CPU may not be there")
 def test_compiled_gives_the_losses_of_eager(store, tmp_path):
     compiled, eager = trained(store, tmp_path / "compiled", DEVICE, compile=True), trained(store, tmp_path / "eager", DEVICE)
-    assert curve(compiled) == pytest.approx(curve(eager), abs=1e-3)
+    assert compiled == pytest.approx(eager, abs=1e-3)
 
 
 @pytest.mark.parametrize("windows", ["inside", "packed", "masked"])
 @pytest.mark.parametrize("length", [64, 128, 192, 256])
 def test_windows_of_every_kind_give_the_losses_of_the_cpu(store, tmp_path, windows, length):
     """Also where cuDNN's attention gives NaN gradients with a mask: lengths of 64 modulo 128."""
-    same = dict(windows=windows, context_length=length, max_context=256, tokens_per_step=768 if length == 192 else 512, evaluations=1)
-    ours = trained(store, tmp_path / "gpu", DEVICE, bf16=not REHEARSAL, **same)
+    same = dict(windows=windows, context_length=length, max_context=256, tokens_per_step=768 if length == 192 else 512, epochs=[1.0])
+    ours = trained(store, tmp_path / "gpu", DEVICE, precision="float32" if REHEARSAL else "bfloat16", **same)
     cpu = trained(store, tmp_path / "cpu", "cpu", **same)
-    assert curve(ours) == pytest.approx(curve(cpu), abs=3e-2)
+    assert ours == pytest.approx(cpu, abs=3e-2)
 
 
 SCRIPT = """
 import json, sys
+from dataclasses import asdict
 from pathlib import Path
 from ctxnb.experiments.train import train
 from ctxnb.text.tokens import open_store
 store, folder, settings = sys.argv[1:]
-print(json.dumps(train(folder=Path(folder), store=open_store(store, "bytes"), compile=False, checkpoint_seconds=0.0, **json.loads(settings))))
+print(json.dumps(asdict(train(folder=Path(folder), store=open_store(store, "bytes"), compile=False, checkpoint_seconds=0.0, **json.loads(settings)))))
 """
 
 
 def start(store, folder: Path, **more) -> subprocess.Popen:
     """A run in a process of its own."""
-    settings = json.dumps(RUN | dict(device=DEVICE, bf16=False) | more)
+    settings = json.dumps(RUN | dict(device=DEVICE, precision="float32") | more)
     return subprocess.Popen([sys.executable, "-c", SCRIPT, store.folder, folder, settings], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -104,7 +107,7 @@ def result_of(process: subprocess.Popen) -> dict:
 
 
 def test_a_killed_run_resumes(store, tmp_path):
-    longer = dict(epochs=12.0, evaluations=12)
+    longer = dict(epochs=[2.0, 20.0])
     killed = start(store, tmp_path / "killed", **longer)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "killed").glob("checkpoint*")):
@@ -112,15 +115,15 @@ def test_a_killed_run_resumes(store, tmp_path):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    resumed, whole = start(store, tmp_path / "killed", **longer), start(store, tmp_path / "whole", **longer)
-    assert curve(result_of(resumed)) == pytest.approx(curve(result_of(whole)), abs=1e-4)
+    resumed, whole = trained(store, tmp_path / "killed", DEVICE, **longer), trained(store, tmp_path / "whole", DEVICE, **longer)
+    assert resumed == pytest.approx(whole, abs=1e-4)
 
 
 def test_two_runs_at_once_on_one_gpu(store, tmp_path):
-    alone = result_of(start(store, tmp_path / "alone"))
     both = [start(store, tmp_path / name) for name in ("first", "second")]
+    alone = trained(store, tmp_path / "alone", DEVICE)
     for process in both:
-        assert curve(result_of(process)) == pytest.approx(curve(alone), abs=1e-4)
+        assert losses(result_of(process)) == pytest.approx(alone, abs=1e-4)
 
 
 def test_a_process_group_of_one(store):

@@ -30,7 +30,7 @@ from .code import code_version
 from .execute import execute_run
 from .grid import Grid, bullets
 from .jobs import Job, queued_runs
-from .machine import Place, hardware, places_for, take_place, visible_gpus
+from .machine import Place, hardware, own_cores, places_for, take_place, visible_gpus
 from .runs import DataSource, Run, runs_of
 from .states import RunState, partial_path, read_status, run_lock, states_of, write_status
 from .template import GridError, load
@@ -217,9 +217,11 @@ def launch(
             imports = ", ".join(plan.grid.template.imports)
             raise GridError(f"a worker died before it began a run: was it killed, or is one of {imports} broken? (traceback above)") from error
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second ctrl-C must not stop the stopping
             _stop(pool)
             for run in todo:
                 _settle(run, plan.runs, "interrupted", "stopped by hand", None)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             raise
         finally:
             _stop(pool)
@@ -247,12 +249,12 @@ def _places(plan: Plan, workers: int, in_job: bool) -> list[Place]:
     gpus = visible_gpus()
     if in_job:
         return [Place((), None, hardware(gpus, plan.grid.resources.runs_per_gpu))] * workers
-    return places_for(plan.grid.resources, workers, sorted(os.sched_getaffinity(0)), gpus)
+    return places_for(plan.grid.resources, workers, own_cores(), gpus)
 
 
 def _threads(plan: Plan, workers: int, in_job: bool) -> None:
     """Set before the fork server starts: the numerical libraries read these when they are imported."""
-    cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or 1) if in_job else len(os.sched_getaffinity(0))
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or 1) if in_job else len(own_cores())
     threads = os.environ.get("OMP_NUM_THREADS") or str(plan.grid.resources.cpus or max(1, cores // workers))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, threads)

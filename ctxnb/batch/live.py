@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from .grid import Grid
 from .launch import Plan, launch
+from .machine import own_cores
 from .record import LOG, RESULT
 from .runs import Run
 from .states import RunState, states_of
@@ -170,7 +171,7 @@ def _launch(plan: Plan, tell: Connection) -> None:
     """What the launcher's process does. What it would print, one line for each run, the figure shows already."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(KeyboardInterrupt):
         # as many threads as in a launch of the whole grid: the same numbers, and a small model is no faster on more
-        os.environ.setdefault("OMP_NUM_THREADS", str(plan.grid.resources.cpus or max(1, len(os.sched_getaffinity(0)) // plan.grid.resources.workers)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(plan.grid.resources.cpus or max(1, len(own_cores()) // plan.grid.resources.workers)))
         try:
             launch(plan, retry_failed=True)
         except GridError as error:
