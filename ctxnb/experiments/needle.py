@@ -17,7 +17,7 @@ import pandas as pd
 from .measure import MeasuredText, measured_text
 from ..models.pretrained import check_context, check_device, load_model, read_config
 from ..text.tokens import Tokenizer, TokenStore, load_tokenizer
-from ..stats.fitting import percentile_interval, resample_means
+from ..stats.bootstrap import percentile_interval, resample_means
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,7 +24,8 @@ from matplotlib.colors import TwoSlopeNorm, to_hex
 from matplotlib.figure import Figure
 
 from ..figures import context_colours
-from ..stats.fitting import Fit, percentile_interval, resample_means
+from ..stats.bootstrap import percentile_interval, resample_means
+from ..stats.fitting import Fit
 from ..stats.spectrum import PUBLISHED_THRESHOLDS, dimension_by_threshold, log_eigenvalue_sum
 
 # %% ../../nbs/reports/measure.ipynb #8508a311

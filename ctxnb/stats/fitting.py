@@ -6,7 +6,7 @@
 __all__ = ['RUN_COLUMNS', 'PRIOR_DOF', 'Fit', 'fit_law', 'compare_laws', 'check_runs', 'Cells', 'cells_of', 'lack_of_fit',
            'fit_joint']
 
-# %% ../../nbs/stats/fitting.ipynb #75dcc6ae
+# %% ../../nbs/stats/fitting.ipynb #48d1f708
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,7 +18,7 @@ from .bootstrap import percentile_interval, resample_means, student_scale
 from .laws import JOINT_LAWS, LAWS, Form, parameter_jacobian
 from .solver import SHORTLIST, Problem, fit_curves
 
-# %% ../../nbs/stats/fitting.ipynb #c2b5c283
+# %% ../../nbs/stats/fitting.ipynb #b733486e
 @dataclass(frozen=True)
 class Fit:
     """A fitted law with its uncertainty.
@@ -150,7 +150,7 @@ class Fit:
                        "at_bound": name in self.at_bound} for name, value in self.values.items()}
         return pd.DataFrame(rows).T.infer_objects()
 
-# %% ../../nbs/stats/fitting.ipynb #020e7132
+# %% ../../nbs/stats/fitting.ipynb #6f28a475
 def _at_bound(problem: Problem, parameters: np.ndarray) -> list[str]:
     form, box = problem.form, problem.box
     split, lead = len(form.coefficients), int(form.offset)
@@ -175,7 +175,7 @@ def _status(problem: Problem, at: list[str], condition: float, converged: bool, 
         return "not converged"
     return "ok" if dof else "as many parameters as points: no uncertainty can be given"
 
-# %% ../../nbs/stats/fitting.ipynb #e6e9a34f
+# %% ../../nbs/stats/fitting.ipynb #657a090b
 def _fit(problem: Problem, y: np.ndarray) -> Fit:
     """The best fit of one curve [n], without draws."""
     if np.ptp(y) <= 1e-12 * np.abs(y).max():
@@ -206,7 +206,7 @@ def _form(name: str, laws: Mapping[str, Form]) -> Form:
         raise ValueError(f"unknown law {name!r}; expected one of {', '.join(laws)}")
     return laws[name]
 
-# %% ../../nbs/stats/fitting.ipynb #49703871
+# %% ../../nbs/stats/fitting.ipynb #b0037cdc
 def _check_curve(l: np.ndarray, loss: np.ndarray, law: Form) -> tuple[np.ndarray, np.ndarray]:
     """Lengths and losses as sorted numbers."""
     l, loss = np.asarray(l, float), np.asarray(loss, float)
@@ -257,7 +257,7 @@ def fit_law(l: np.ndarray, loss: np.ndarray, form: str = "power", *, floor: bool
     return replace(fit, samples=samples, covariance=np.cov(samples.T).reshape(fit.covariance.shape),
                    resampling=f"{resamples} draws over {len(loss)} units, jointly over {len(l)} lengths")
 
-# %% ../../nbs/stats/fitting.ipynb #88eb07fd
+# %% ../../nbs/stats/fitting.ipynb #66c1cdec
 def compare_laws(l: np.ndarray, loss: np.ndarray, forms: Sequence[str] | None = None, fit_up_to: float | None = None) -> pd.DataFrame:
     """Table of laws by AICc on all lengths and by the error of extrapolation to long ones.
 
@@ -294,7 +294,7 @@ def compare_laws(l: np.ndarray, loss: np.ndarray, forms: Sequence[str] | None = 
     table.insert(4, "weight", relative / relative.sum())
     return table
 
-# %% ../../nbs/stats/fitting.ipynb #224962fb
+# %% ../../nbs/stats/fitting.ipynb #97170f7a
 RUN_COLUMNS = ("context_length", "train_tokens", "seed", "loss")
 
 
@@ -334,7 +334,7 @@ def check_runs(table: pd.DataFrame) -> pd.DataFrame:
         raise ValueError(f"two rows for context_length {row.context_length:g}, train_tokens {row.train_tokens:g}, seed {row.seed}: expected one row for each run")
     return runs.sort_values(["train_tokens", "context_length", "seed"], ignore_index=True)
 
-# %% ../../nbs/stats/fitting.ipynb #d900a3a9
+# %% ../../nbs/stats/fitting.ipynb #f987eb9a
 PRIOR_DOF = 4  # degrees of freedom with which the pooled scatter counts at each data size
 
 
@@ -369,14 +369,32 @@ def _two_way(rows: pd.DataFrame) -> tuple[float, int, float, int]:
     return rss, dof, max(float(((levels - levels.mean()) ** 2).sum()) - noise, 0.0), seeds - 1
 
 
+def _document_covariance(runs: pd.DataFrame) -> np.ndarray:
+    """[n, n] covariance of the cells by the sampling of test documents, which all runs share; 0 without documents."""
+    cells = runs.groupby(["train_tokens", "context_length"])
+    if "document_loss" not in runs:
+        return np.zeros((cells.ngroups, cells.ngroups))
+    targets = np.stack(runs.document_targets.to_numpy())
+    if (targets != targets[0]).any():
+        raise ValueError("the runs were evaluated on different targets: expected the same document_targets in each")
+    means = np.stack([np.stack(part.document_loss.to_numpy()).mean(0) for _, part in cells], axis=1)
+    weight = targets[0] / targets[0].sum()
+    deviation = weight[:, None] * (means - weight @ means)
+    n = len(weight)
+    return deviation.T @ deviation * n / (n - 1) if n > 1 else np.zeros((means.shape[1],) * 2)
+
+
 def cells_of(runs: pd.DataFrame) -> Cells:
     """Cells of a table of runs.
 
     Args:
-        runs: from `check_runs`.
+        runs: from `check_runs`; with `document_loss` and `document_targets` the sampling of test documents counts too.
 
     Returns:
         The cells, sorted by data and context.
+
+    Raises:
+        ValueError: the runs were evaluated on different targets.
     """
     sizes = np.sort(runs.train_tokens.unique())
     parts = [runs[runs.train_tokens == size] for size in sizes]
@@ -394,9 +412,10 @@ def cells_of(runs: pd.DataFrame) -> Cells:
         member = part.pivot(index="context_length", columns="seed", values="loss").notna().to_numpy(float)
         share = member / member.sum(axis=1, keepdims=True)
         blocks.append(s2 * (np.diag(1 / member.sum(axis=1)) + ratio * share @ share.T))
-    return Cells(x, means.to_numpy(), np.linalg.inv(np.linalg.cholesky(linalg.block_diag(*blocks))), dof)
+    covariance = linalg.block_diag(*blocks) + _document_covariance(runs)
+    return Cells(x, means.to_numpy(), np.linalg.inv(np.linalg.cholesky(covariance)), dof)
 
-# %% ../../nbs/stats/fitting.ipynb #306c01a3
+# %% ../../nbs/stats/fitting.ipynb #53076962
 def lack_of_fit(fit: Fit, cells: Cells) -> tuple[float, float]:
     """Whether the residuals of a law exceed what replicates scatter.
 
@@ -415,7 +434,7 @@ def lack_of_fit(fit: Fit, cells: Cells) -> tuple[float, float]:
     return f, float(stats.f.sf(f, fit.dof, cells.dof))
 
 
-def fit_joint(table: pd.DataFrame, form: str = "dimension", *, resamples: int = 1000, seed: int = 0) -> Fit:
+def fit_joint(table: pd.DataFrame, form: str = "dimension", *, resamples: int = 1000, seed: int = 0, widen: float = 1.0) -> Fit:
     """Fit C0 + risk(l) + cost(l, D) to a table of runs; C0 is never negative.
 
     Args:
@@ -423,6 +442,7 @@ def fit_joint(table: pd.DataFrame, form: str = "dimension", *, resamples: int = 
         form: a name in `JOINT_LAWS`.
         resamples: number of draws; 0 for none.
         seed: seed of the draws.
+        widen: factor on the errors of the draws, for what a hold-out showed.
 
     Returns:
         The fit over cells sorted by data and context.
@@ -444,6 +464,6 @@ def fit_joint(table: pd.DataFrame, form: str = "dimension", *, resamples: int = 
     scale, dof = (np.sqrt(fit.rss / fit.dof), fit.dof) if wide else (1.0, cells.dof)
     rng = np.random.default_rng(seed)
     noise = np.linalg.solve(cells.root, rng.normal(size=(len(cells.loss), resamples))).T
-    curves = fit.predict(*cells.x) + scale * noise * student_scale(dof, resamples, rng)[:, None]
+    curves = fit.predict(*cells.x) + widen * scale * noise * student_scale(dof, resamples, rng)[:, None]
     samples, _, _ = fit_curves(law, cells.x, curves, root=cells.root, floor=True, start=fit.parameters[len(law.coefficients):], shortlist=SHORTLIST)
     return replace(fit, samples=samples, covariance=np.cov(samples.T), resampling=f"{resamples} draws of {len(cells.loss)} cells, fixed design")

@@ -6,13 +6,13 @@
 __all__ = ['Arrays', 'STEP', 'GAMMA_BOX', 'SHARPNESS', 'LAWS', 'ALPHA_BOX', 'MAX_DROP', 'JOINT_LAWS', 'Form', 'shape_slopes',
            'parameter_jacobian']
 
-# %% ../../nbs/stats/laws.ipynb #f3d5ab79
+# %% ../../nbs/stats/laws.ipynb #d1e27bdc
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-# %% ../../nbs/stats/laws.ipynb #100c4019
+# %% ../../nbs/stats/laws.ipynb #227b496b
 Arrays = list[np.ndarray]
 STEP = 1e-30  # of the complex step; any size far below the rounding of theta will do
 
@@ -68,7 +68,7 @@ class Form:
         value = (value + (table[0] if self.offset else 0.0)).T
         return value[0] if parameters.ndim == 1 else value
 
-# %% ../../nbs/stats/laws.ipynb #bac7b81d
+# %% ../../nbs/stats/laws.ipynb #f972b614
 def shape_slopes(form: Form, x: tuple[np.ndarray, ...], theta: np.ndarray) -> list[Arrays]:
     """Derivatives of the basis functions by the shape parameters, by complex step.
 
@@ -109,7 +109,7 @@ def parameter_jacobian(form: Form, parameters: np.ndarray, x: tuple[np.ndarray, 
     columns += [sum(c * g for c, g in zip(coefficients, row)) for row in shape_slopes(form, x, theta)]
     return np.hstack(columns)
 
-# %% ../../nbs/stats/laws.ipynb #4a84cefe
+# %% ../../nbs/stats/laws.ipynb #e5c2b591
 GAMMA_BOX = (0.02, 6.0)  # an exponent below 0.02 is a logarithm, above 6 a step, on any grid we can measure
 SHARPNESS = 4.0  # of a bend: 10 % to 90 % of the change within a factor 3 of l
 
@@ -143,7 +143,7 @@ def _broken(l: np.ndarray, first: np.ndarray, second: np.ndarray, bend: np.ndarr
 def _time_box(x: tuple) -> tuple[float, float]:
     return (0.05 * x[0].min(), 50.0 * x[0].max())
 
-# %% ../../nbs/stats/laws.ipynb #25c39766
+# %% ../../nbs/stats/laws.ipynb #5777271b
 _L = ("context_length",)
 LAWS: dict[str, Form] = {
     form.name: form
@@ -173,7 +173,7 @@ LAWS: dict[str, Form] = {
     ]
 }
 
-# %% ../../nbs/stats/laws.ipynb #75666b21
+# %% ../../nbs/stats/laws.ipynb #5d9ca357
 ALPHA_BOX = (0.01, 3.0)
 MAX_DROP = 0.99  # largest share of the dimension that may be missing at the shortest context of the data
 
@@ -208,7 +208,7 @@ def _clip_drop(x: tuple, theta: np.ndarray) -> np.ndarray:
 def _drop_box(x: tuple) -> tuple[float, float]:
     return (0.0, MAX_DROP * x[0].min() ** GAMMA_BOX[1])
 
-# %% ../../nbs/stats/laws.ipynb #0a330f96
+# %% ../../nbs/stats/laws.ipynb #d3395707
 def _joint(name: str, formula: str, shape: tuple[str, ...], risk: Callable, cost: Callable, box: Callable, grid: Callable,
            clip: Callable | None = None) -> Form:
     return Form(name, formula, ("context_length", "train_tokens"), ("C0", "C", "A"), shape, True,
@@ -237,13 +237,9 @@ _POWER_COSTS = [
            lambda x, t: _data_power(x[1], t[1] / (1 - t[2] * _power(x[0], t[0]))),
            lambda x: [GAMMA_BOX, ALPHA_BOX, _drop_box(x)],
            lambda x: [_gammas, _alphas, np.r_[0.0, _powers(0.05, 0.9 * x[0].min(), 12)]], _clip_drop),
-    _joint("four", "C0 + C l^-gamma + A D^(-4 / (4 + d (1 - kappa l^-gamma)))", ("gamma", "d", "kappa"), _power_risk,
-           lambda x, t: _data_power(x[1], 4 / (4 + t[1] * (1 - t[2] * _power(x[0], t[0])))),
-           lambda x: [GAMMA_BOX, (0.1, 400.0), _drop_box(x)],
-           lambda x: [_gammas, _powers(0.5, 200.0, 16), np.r_[0.0, _powers(0.05, 0.9 * x[0].min(), 12)]], _clip_drop),
 ]
 
-# %% ../../nbs/stats/laws.ipynb #554ccf68
+# %% ../../nbs/stats/laws.ipynb #57df6a17
 _RISKS = [
     _joint("finite", "C0 + C max(l^-gamma - M^-gamma, 0) + A l^a D^-alpha", ("gamma", "alpha", "a", "M"),
            lambda x, t: _finite(x[0], t[0], t[3]), lambda x, t: _amplitude(x, t[1], t[2]),

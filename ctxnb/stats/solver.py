@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHORTLIST', 'Problem', 'grid_points', 'grid_search', 'fit_curves', 'fit_reference']
 
-# %% ../../nbs/stats/solver.ipynb #b37d2ace
+# %% ../../nbs/stats/solver.ipynb #2e32896d
 import itertools
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from scipy import optimize
 
 from .laws import Arrays, Form, parameter_jacobian, shape_slopes
 
-# %% ../../nbs/stats/solver.ipynb #1c46ba09
+# %% ../../nbs/stats/solver.ipynb #5e68a397
 @dataclass(frozen=True)
 class Problem:
     """A law at fixed points, in whitened coordinates.
@@ -54,7 +54,7 @@ class Problem:
         theta = np.clip(theta, self.box[:, :1], self.box[:, 1:])
         return self.form.clip(self.x, theta) if self.form.clip else theta
 
-# %% ../../nbs/stats/solver.ipynb #4b2c828c
+# %% ../../nbs/stats/solver.ipynb #0010629d
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.einsum("nb,nb->b", a, np.broadcast_to(b, a.shape)) if a.shape[1] >= b.shape[1] else _dot(b, a)
 
@@ -76,7 +76,7 @@ def _nonnegative(s: dict, t: list[np.ndarray]) -> tuple[Arrays, np.ndarray]:
          np.where(both, full[1], np.where(first, 0.0, edge[1]))]
     return c, c[0] * t[0] + c[1] * t[1]
 
-# %% ../../nbs/stats/solver.ipynb #91b95259
+# %% ../../nbs/stats/solver.ipynb #7d5b970d
 def _coefficients(problem: Problem, phi: Arrays, y: np.ndarray) -> tuple[np.ndarray, Arrays, np.ndarray]:
     """Least squares with signs: offset [B], coefficients [B] of each column, and where the offset is free [B]."""
     one, offset = problem.one, problem.form.offset
@@ -99,7 +99,7 @@ def _coefficients(problem: Problem, phi: Arrays, y: np.ndarray) -> tuple[np.ndar
         a = np.maximum(a, 0.0)
     return np.broadcast_to(a, free.shape), c, free
 
-# %% ../../nbs/stats/solver.ipynb #3f063e1c
+# %% ../../nbs/stats/solver.ipynb #486e0b52
 SHORTLIST = 200  # grid points that a resample's search looks at, out of at most 4,000
 
 
@@ -141,7 +141,7 @@ def grid_search(problem: Problem, y: np.ndarray, theta: np.ndarray, keep: int = 
         best[:, start:start + step] = np.argpartition(-gain, range(keep), axis=0)[:keep] if keep > 1 else gain.argmax(0)
     return best
 
-# %% ../../nbs/stats/solver.ipynb #856e5a5b
+# %% ../../nbs/stats/solver.ipynb #7e80bf92
 def _shape_jacobian(problem: Problem, theta: np.ndarray, phi: Arrays, c: Arrays, free: np.ndarray) -> Arrays:
     """Derivatives of the whitened curve by the shapes, less their projection on the columns in use."""
     used = [problem.one * free] if problem.form.offset else []
@@ -176,7 +176,7 @@ def _step(problem: Problem, theta: np.ndarray, jacobian: Arrays, r: np.ndarray, 
     move = np.linalg.solve(scaled, (np.where(stuck, 0.0, gradient) / root).T[..., None])[..., 0].T / root
     return problem.inside(theta + move)
 
-# %% ../../nbs/stats/solver.ipynb #3b3ee860
+# %% ../../nbs/stats/solver.ipynb #829cd152
 def _refine(problem: Problem, y: np.ndarray, theta: np.ndarray, steps: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """From shapes theta [q, B]: parameters [P, B], half the sum of squares [B], converged [B]."""
     def solve(theta, y):
@@ -218,7 +218,7 @@ def _refine(problem: Problem, y: np.ndarray, theta: np.ndarray, steps: int = 200
             break
     return result, value, converged
 
-# %% ../../nbs/stats/solver.ipynb #9bb40d95
+# %% ../../nbs/stats/solver.ipynb #d96741f0
 def fit_curves(
     form: Form, x: tuple[np.ndarray, ...], curves: np.ndarray, *, root: np.ndarray | None = None, floor: bool = False,
     start: np.ndarray | None = None, keep: int = 1, shortlist: int | None = None,
@@ -253,13 +253,11 @@ def fit_curves(
         starts = list(grid[:, grid_search(problem, y, grid, keep)].transpose(1, 0, 2))
         if start is not None:
             starts.append(problem.inside(np.broadcast_to(np.atleast_2d(start).T, (len(form.shape), batch))))
-    tries = [_refine(problem, y, theta) for theta in starts]
-    values = np.stack([value for _, value, _ in tries])
-    best, each = values.argmin(axis=0), np.arange(batch)
-    parameters = np.stack([found for found, _, _ in tries])[best, :, each]
-    return parameters, values[best, each], np.stack([done for _, _, done in tries])[best, each]
+    found, value, done = _refine(problem, np.tile(y, len(starts)), np.hstack(starts))  # all starts of all curves at once
+    pick = value.reshape(-1, batch).argmin(axis=0) * batch + np.arange(batch)
+    return found[:, pick].T, value[pick], done[pick]
 
-# %% ../../nbs/stats/solver.ipynb #efc64e53
+# %% ../../nbs/stats/solver.ipynb #aeb48b9c
 def _descend(loss, design, p: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, float]:
     """L-BFGS-B, restarted in coordinates turned by the singular vectors of the design.
 
@@ -292,7 +290,7 @@ def _descend(loss, design, p: np.ndarray, limits: np.ndarray) -> tuple[np.ndarra
         p, value = found, new
     return p, value
 
-# %% ../../nbs/stats/solver.ipynb #559364d7
+# %% ../../nbs/stats/solver.ipynb #888711d8
 def fit_reference(
     form: Form, x: tuple[np.ndarray, ...], curve: np.ndarray, *, root: np.ndarray | None = None, floor: bool = False,
     starts: int = 24, seed: int = 0,
