@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'KEY', 'SAME', 'TOLERANCE', 'check_same', 'read_table', 'unit_of', 'answers', 'prob_best_grows', 'growth',
            'headline', 'context_axis', 'legend_beside', 'mark_minimum', 'plot_curves', 'run_table', 'settings']
 
-# %% ../../nbs/reports/tables.ipynb #df53e93e
+# %% ../../nbs/reports/tables.ipynb #2120b12b
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 
 from ..figures import data_colours
 from ..stats.curves import Curve, measured_curves
+from ..stats.fitting import check_runs
 
-# %% ../../nbs/reports/tables.ipynb #f8dcceec
+# %% ../../nbs/reports/tables.ipynb #e3c3bbf8
 _LOSSES = ("context_length", "seed", "loss")
 COLUMNS = {
     "runs": ("train_tokens", *_LOSSES),
@@ -55,7 +56,7 @@ def check_same(table: pd.DataFrame, columns: Sequence[str], name: str = "the tab
             shown = ", ".join(value[:40] for value in sorted(values)[:4])
             raise ValueError(f"{name}: the runs differ in {column} ({shown}), so they cannot be compared: filter the table first")
 
-# %% ../../nbs/reports/tables.ipynb #34afa8ae
+# %% ../../nbs/reports/tables.ipynb #b1b2d2c7
 def read_table(path: Path | str, kind: str = "train", **filters: object) -> pd.DataFrame:
     """Read a results table.
 
@@ -88,6 +89,8 @@ def read_table(path: Path | str, kind: str = "train", **filters: object) -> pd.D
         table = table[table[column] == value] if column in table else table
     if table.empty:
         raise ValueError(f"{path.name} has no rows: no run of its grid is finished, or the filter leaves none")
+    if kind == "runs":
+        check_runs(table)  # names the first bad value by its row in the file
     key = list(KEY[kind])
     if table.duplicated(key).any():
         twice = ", ".join(str(v) for v in table.loc[table.duplicated(key), key].iloc[0])
@@ -108,7 +111,7 @@ def unit_of(table: pd.DataFrame) -> str:
     """
     return "bit" if "tasks" in table else "byte" if "tokenizer" in table and (table.tokenizer == "bytes").all() else "token"
 
-# %% ../../nbs/reports/tables.ipynb #05e7eae0
+# %% ../../nbs/reports/tables.ipynb #64e8fc43
 TOLERANCE = 0.01  # nats that a shorter context may cost
 
 
@@ -160,7 +163,7 @@ def growth(curves: Sequence[Curve]) -> str:
     up, down = prob_best_grows(curves), prob_best_grows(curves[::-1])
     return "grows with the data" if up > 0.975 else "falls with the data" if down > 0.975 else "is not shown to move with the data"
 
-# %% ../../nbs/reports/tables.ipynb #6ccc18c6
+# %% ../../nbs/reports/tables.ipynb #84bc890b
 def _range(low: int, high: int) -> str:
     return f"{low} to {high}" if low != high else f"only {low}"
 
@@ -188,7 +191,7 @@ def headline(curves: Sequence[Curve], unit: str = "token", tolerance: float = TO
     return "\n".join([f"Best context length l (visible {unit}s) by amount of training data D; loss at exactly l visible {unit}s:", "", *lines, "",
                       f"Ranges hold 95 % of the draws over {drawn}; lengths are compared on the same subsets, seeds and targets.{note}"])
 
-# %% ../../nbs/reports/tables.ipynb #5682a982
+# %% ../../nbs/reports/tables.ipynb #f6c7f1d4
 def context_axis(axis: plt.Axes, lengths: Sequence[int], label: str = "context length (visible tokens)") -> None:
     """A logarithmic axis with a tick at each length.
 
@@ -257,7 +260,7 @@ def plot_curves(curves: Sequence[Curve], unit: str = "token") -> Figure:
     figure.tight_layout()
     return figure
 
-# %% ../../nbs/reports/tables.ipynb #fce11e9e
+# %% ../../nbs/reports/tables.ipynb #e1afaa34
 def run_table(table: pd.DataFrame, runs: Path | str) -> str:
     """HTML table of the runs, each linked to its executed notebook where that is at hand.
 
