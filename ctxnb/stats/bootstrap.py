@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['cluster_error', 'resample_means', 'student_scale', 'percentile_interval']
 
-# %% ../../nbs/stats/bootstrap.ipynb #77efa0e6
+# %% ../../nbs/stats/bootstrap.ipynb #611d14df
 import numpy as np
 
-# %% ../../nbs/stats/bootstrap.ipynb #50b39728
+# %% ../../nbs/stats/bootstrap.ipynb #e2cef5fb
 def cluster_error(means: np.ndarray, counts: np.ndarray) -> float:
     """Standard error of the mean over all targets, with whole clusters as units.
 
@@ -33,7 +33,7 @@ def cluster_error(means: np.ndarray, counts: np.ndarray) -> float:
     residual = counts * (means - np.average(means, weights=counts))
     return float(np.sqrt(n / (n - 1) * (residual**2).sum()) / counts.sum())
 
-# %% ../../nbs/stats/bootstrap.ipynb #6e9bf84d
+# %% ../../nbs/stats/bootstrap.ipynb #a52668f8
 def resample_means(values: np.ndarray, resamples: int, seed: int | np.random.Generator = 0) -> np.ndarray:
     """Draws of the mean over independent units, jointly over the columns, with Student's tails.
 
@@ -74,7 +74,7 @@ def student_scale(dof: float, resamples: int, rng: np.random.Generator) -> np.nd
     """
     return np.sqrt(dof / rng.chisquare(dof, size=resamples))
 
-# %% ../../nbs/stats/bootstrap.ipynb #6b80b087
+# %% ../../nbs/stats/bootstrap.ipynb #8f47f2e9
 def percentile_interval(samples: np.ndarray, level: float = 0.95) -> np.ndarray:
     """Central percentile interval along the first axis.
 

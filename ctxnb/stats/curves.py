@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Scatter', 'scatter_of', 'Curve', 'make_curve', 'complete_seeds', 'measured_curves']
 
-# %% ../../nbs/stats/curves.ipynb #1ae7e43c
+# %% ../../nbs/stats/curves.ipynb #25338982
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from scipy import stats
 
 from .bootstrap import percentile_interval, resample_means, student_scale
 
-# %% ../../nbs/stats/curves.ipynb #b4e123ff
+# %% ../../nbs/stats/curves.ipynb #094bfde9
 @dataclass(frozen=True)
 class Scatter:
     """How runs of one data size scatter.
@@ -51,7 +51,7 @@ def scatter_of(runs: np.ndarray) -> Scatter:
     between = runs.mean(1).var(ddof=1) - variance / lengths
     return Scatter(float(np.sqrt(variance)), float(np.sqrt(max(between, 0.0))), dof, seeds)
 
-# %% ../../nbs/stats/curves.ipynb #57d5f524
+# %% ../../nbs/stats/curves.ipynb #67822d23
 @dataclass(frozen=True)
 class Curve:
     """Mean loss against context length at one data size.
@@ -156,7 +156,7 @@ class Curve:
         low, high = np.quantile(index, [(1 - level) / 2, (1 + level) / 2], method="nearest")
         return int(self.context_length[min(low, point)]), int(self.context_length[max(high, point)])
 
-# %% ../../nbs/stats/curves.ipynb #e340c25e
+# %% ../../nbs/stats/curves.ipynb #92b5b69c
 def _seed_draws(runs: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """[B, L] deviations of the mean curve by the seeds."""
     scatter = scatter_of(runs)
@@ -182,16 +182,16 @@ def make_curve(size: int, context_length: np.ndarray, runs: np.ndarray, document
     Returns:
         The curve.
     """
-    rng = np.random.default_rng(seed)
     runs = np.asarray(runs, float)
-    draws = runs.mean(0) + _seed_draws(runs, resamples, rng)
+    # seeds are drawn anew at each data size; documents alike in all curves of the same documents, so that curves are paired too
+    draws = runs.mean(0) + _seed_draws(runs, resamples, np.random.default_rng([seed, int(size)]))
     if documents is not None and len(documents) > 1:
-        draws = draws + resample_means(documents, resamples, rng) - documents.mean(0)
+        draws = draws + resample_means(documents, resamples, np.random.default_rng([seed])) - documents.mean(0)
     else:
         documents = None
     return Curve(int(size), np.asarray(context_length), runs, documents, draws)
 
-# %% ../../nbs/stats/curves.ipynb #5da0f39e
+# %% ../../nbs/stats/curves.ipynb #a878f3ee
 def complete_seeds(rows: pd.DataFrame, size: str = "train_tokens") -> pd.DataFrame:
     """The runs of the seeds that have every context length of their data size.
 
