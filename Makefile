@@ -1,29 +1,35 @@
 # Everything a person does with ctxnb, in one place. `make help` lists the targets.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first of the Pythons that were tried; `make PYTHON=/path/to/python` takes another.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell $(p) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12), (3, 13)) and print(sys.executable)' 2>/dev/null)))
 BIN    := .venv/bin
 RUNS   := $(or $(CTXNB_RUNS),data/runs)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup run site lab test export readme check
+.PHONY: help setup run site lab test test-rest test-all test-system-deps lint gpu-bundle gpu-rehearsal gpu-collect golden export readme check
 help:        ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
 setup: .venv/.ready  ## make .venv from requirements.lock and install ctxnb into it
 
 .venv/.ready: requirements.lock settings.ini setup.py
-	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), f"Python 3.11 is needed, {sys.executable} is {sys.version.split()[0]}; say make PYTHON=/path/to/python3.11"'
+	@$(PYTHON) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12), (3, 13)) or sys.exit(1)' 2>/dev/null || { echo "Python 3.11, 3.12 or 3.13 is needed, and $(or $(PYTHON),none of them) was found: say make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv || { echo "python's venv module is missing: on Debian, apt install python3-venv"; exit 1; }
 	$(BIN)/pip install -q -r requirements.lock
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
-run: .venv/.ready  ## run the quick grids, build the site, print the answer (about 20 minutes the first time)
-	@for grid in data/grids/quick/*.toml; do \
-	  table=$(RUNS)/tables/$$(basename $$grid .toml)-quick.parquet; \
-	  $(BIN)/ctxnb run $$grid && mkdir -p $(RUNS)/tables && $(BIN)/ctxnb results $$grid -o $$table || exit 1; \
+# The main job first: its answer is on the screen as soon as it is there. TINY=1 gives every grid but the smallest a size for CI, and its table another name.
+QUICK = train counts synthetic synthetic_features synthetic_transformer measure
+run: .venv/.ready  ## run the quick grids, the training first, print its answer, build the site
+	@mkdir -p $(RUNS)/tables
+	@for name in $(QUICK); do \
+	  grid=data/grids/quick/$$name.toml; \
+	  tiny=; preset=quick; if [ -n "$(TINY)" ] && [ -f tests/tiny/$$name ]; then tiny=$$(cat tests/tiny/$$name); preset=tiny; fi; \
+	  table=$(RUNS)/tables/$$name-$$preset.parquet; \
+	  $(BIN)/ctxnb run $$grid $$tiny && $(BIN)/ctxnb results $$grid $$tiny -o $$table || exit 1; \
+	  if [ $$name = train ]; then $(BIN)/ctxnb best $$table || exit 1; fi; \
 	done
 	@$(MAKE) --no-print-directory site
-	@$(BIN)/ctxnb best $(RUNS)/tables/train-quick.parquet
 	@echo "The pages: site/index.html"
 
 site: .venv/.ready  ## rebuild the site from the notebooks and the tables at hand
@@ -32,9 +38,44 @@ site: .venv/.ready  ## rebuild the site from the notebooks and the tables at han
 lab: .venv/.ready  ## open JupyterLab at its start page
 	cd nbs && ../$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/start.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
-test: .venv/.ready  ## run the cells of all notebooks, then the tests
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing --skip_folder_re '^[_.]|^results$$'  # tests/test_pages.py runs the results
-	$(BIN)/python -m pytest tests --durations=15
+# Two workers, each with one thread. The result pages are run by tests/test_pages.py, which compares what they print.
+NOTEBOOKS = OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --durations=15
+
+test: .venv/.ready  ## run the notebooks and the fast tests
+	$(NOTEBOOKS) --skip_folder_re '^[_.]|^results$$' --skip_file_re '^[_.]|^($(SLOW_NOTEBOOKS))\.ipynb$$'
+	$(PYTEST) -m fast -n 2 --dist loadfile $(COVERAGE)
+
+test-rest: .venv/.ready  # what `make test` leaves out; a GPU's tests skip without one
+	$(NOTEBOOKS) --flags slow --skip_folder_re '^[_.]|^results$$' --file_re '^($(SLOW_NOTEBOOKS))\.ipynb$$'
+	$(PYTEST) -m 'not fast' $(COVERAGE)
+
+test-all: test test-rest  ## run everything: also slow tests, Slurm, browser, mounts (see test-system-deps)
+
+test-system-deps:  ## install the Debian packages of the system tests, as root
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core slurm-wlm munge
+
+lint: .venv/.ready  ## look for faults without running anything: ruff, and ty for types
+	$(BIN)/ruff check ctxnb docs tests bench
+	$(BIN)/ty check ctxnb --python .venv
+
+gpu-bundle: .venv/.ready  ## gather in gpu-bundle/ what `bash bench/gpu_pass.sh gpu-bundle OUT` needs on a bare GPU machine
+	$(BIN)/python bench/gpu_bundle.py gpu-bundle
+
+# The same steps on this CPU at tiny sizes, in at most 3 minutes of an idle machine with two cores.
+gpu-rehearsal: .venv/.ready
+	$(BIN)/python bench/gpu_bundle.py gpu-bundle-rehearsal --no-wheels --no-data
+	PYTHON=$(BIN)/python bash bench/gpu_pass.sh gpu-bundle-rehearsal gpu-out-rehearsal 300 --rehearse
+	@rm -rf gpu-bundle-rehearsal gpu-out-rehearsal
+
+# What a pass brought back (its OUT folder): its runs go to this machine's, so that a later bundle has them, and into the committed table.
+gpu-collect: .venv/.ready
+	mkdir -p $(RUNS) && tar -xzf $(OUT)/runs.tar.gz -C $(RUNS)
+	$(BIN)/ctxnb results data/grids/standard/train.toml -o data/results/train-standard.parquet
+
+golden: .venv/.ready  ## run a small cell of each template and write its losses to tests/golden, after a new recipe
+	$(BIN)/python tests/golden_cells.py write
 
 export: .venv/.ready  ## write ctxnb/*.py and README.md from the notebooks, and clean the notebooks
 	$(BIN)/nbdev_export
@@ -47,8 +88,8 @@ readme: .venv/.ready
 	  --NbConvertApp.output_files_dir=docs/readme nbs/index.ipynb
 	@sed -i -E 's#\]\(([a-z_/]+\.ipynb)\)#](nbs/\1)#g; s#!\[png\]#![Loss against context length, a curve for each amount of training data; the minimum moves right with more data]#' README.md
 
-check: .venv/.ready  ## fail on export drift, uncleaned notebooks, lost parameters tags, notebooks over 300 kB
+check: .venv/.ready  ## fail on export drift, uncleaned notebooks, notebooks over 300 kB, a template with other defaults and its old recipe
 	@$(MAKE) --no-print-directory export
 	@git diff --exit-code --stat || { echo "the notebooks and what is made from them differ: run make export, commit"; exit 1; }
 	@! find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -size +300k | grep . || { echo "is over 300 kB: clear or shrink its outputs"; exit 1; }
-	@for template in nbs/runs/*.ipynb; do $(BIN)/python -c "import sys; from ctxnb.batch.grid import read_template; read_template(sys.argv[1])" $$template || exit 1; done
+	@$(BIN)/python tests/golden_cells.py check

@@ -21,8 +21,8 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from ctxnb.text.tokens import token_store
 from ctxnb.experiments.counts import FALLBACK_DISCOUNTS, predict
+from ctxnb.text.tokens import token_store
 from ctxnb.text.windows import draw_targets, subset
 
 

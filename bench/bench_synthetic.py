@@ -6,7 +6,7 @@ Training: an epoch over 50,000 training and 20,000 dev samples at the published 
 workers over a per-item dataset of one-hot inputs, in turns in one process; the best of several rounds counts. The rate of the model's products is compared
 with what the machine's matmul does on the same shapes in the same process. Usage:
 
-    python bench/bench_synthetic.py [--rounds 3] [--json]
+    python bench/bench_synthetic.py [--rounds 3] [--device cuda] [--json]
 """
 import json
 import multiprocessing
@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ctxnb.text.xor_strings import draw, split
-from ctxnb.models.xor import flops_per_sample, make_model
-from ctxnb.text.xor_tasks import TaskSet, task_set
 from ctxnb.experiments.synthetic import train
+from ctxnb.models.xor import flops_per_sample, make_model
+from ctxnb.text.xor_strings import draw, split
+from ctxnb.text.xor_tasks import TaskSet, task_set
 
 L, TRAIN, DEV, BATCH = 27, 50_000, 20_000, 10_000
 
@@ -95,47 +95,49 @@ class Items(Dataset):
 class Plain:
     """The published network in nn.Sequential, trained from a DataLoader."""
 
-    def __init__(self, tasks: TaskSet):
+    def __init__(self, tasks: TaskSet, device: str):
+        self.device = device
         torch.manual_seed(0)
         parts, n = split(tasks, TRAIN, DEV, 2, 0), len(tasks.pairs)
         self.train, self.dev = DataLoader(Items(parts.train, n), BATCH, shuffle=True), DataLoader(Items(parts.dev, n), BATCH)
-        self.model = nn.Sequential(nn.Linear(L + n, 400), nn.LeakyReLU(0.0015), nn.Linear(400, 200), nn.Linear(200, 400), nn.LeakyReLU(0.0015), nn.Linear(400, 1))
+        self.model = nn.Sequential(nn.Linear(L + n, 400), nn.LeakyReLU(0.0015), nn.Linear(400, 200), nn.Linear(200, 400), nn.LeakyReLU(0.0015), nn.Linear(400, 1)).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=8e-4)
 
     def epoch(self) -> float:
         """Dev loss after one more epoch."""
         for x, y in self.train:
-            loss = F.binary_cross_entropy_with_logits(self.model(x).squeeze(1), y)
+            loss = F.binary_cross_entropy_with_logits(self.model(x.to(self.device)).squeeze(1), y.to(self.device))
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
         with torch.no_grad():
-            return sum(F.binary_cross_entropy_with_logits(self.model(x).squeeze(1), y).item() * len(y) for x, y in self.dev) / DEV
+            losses = (F.binary_cross_entropy_with_logits(self.model(x.to(self.device)).squeeze(1), y.to(self.device)) * len(y) for x, y in self.dev)
+            return sum(loss.item() for loss in losses) / DEV
 
 
 EPOCHS = 4
 
 
-def ours(micro: int) -> tuple[float, float, float]:
+def ours(micro: int, device: str) -> tuple[float, float, float]:
     """Seconds of a whole epoch, seconds of its training part, last dev loss; without data and model set-up."""
     with tempfile.TemporaryDirectory() as folder:
-        run = train(folder=folder, context_length=L, train_samples=TRAIN, dev_samples=DEV, test_samples=1000, seed=0, epochs=EPOCHS, micro_batch=micro, device="cpu")
+        run = train(folder=folder, context_length=L, train_samples=TRAIN, dev_samples=DEV, test_samples=1000, seed=0, epochs=EPOCHS, micro_batch=micro, device=device)
     return (run["train_seconds"] + run["eval_seconds"]) / EPOCHS, run["train_seconds"] / EPOCHS, run["history_dev_loss"][-1]
 
 
-def plain(tasks: TaskSet) -> tuple[float, float]:
-    side = Plain(tasks)
+def plain(tasks: TaskSet, device: str) -> tuple[float, float]:
+    side = Plain(tasks, device)
     began = time.perf_counter()
     for _ in range(EPOCHS):
         loss = side.epoch()
     return (time.perf_counter() - began) / EPOCHS, loss
 
 
-def matmul_rate(rows: int) -> float:
+def matmul_rate(rows: int, device: str) -> float:
     """FLOP/s of the model's middle products, as plain matmuls of the rows that go through at once."""
-    a, b, c = torch.randn(rows, 400), torch.randn(400, 200), torch.randn(200, 400)
-    return 4 * rows * 400 * 200 / best_time(lambda: (a @ b) @ c, 30)
+    a, b, c = (torch.randn(*shape, device=device) for shape in ((rows, 400), (400, 200), (200, 400)))
+    return 4 * rows * 400 * 200 / best_time(lambda: ((a @ b) @ c)[0, 0].item(), 30)  # .item() waits for a GPU
 
 
 def best_time(work: Callable[[], object], rounds: int) -> float:
@@ -152,20 +154,21 @@ def best_time(work: Callable[[], object], rounds: int) -> float:
 @click.option("--samples", type=click.IntRange(min=1000), default=12_000_000, show_default=True, help="Samples that ours makes.")
 @click.option("--loop-samples", type=click.IntRange(min=1000), default=300_000, show_default=True, help="Samples that the loop makes.")
 @click.option("--micro-batch", type=click.IntRange(min=0), default=1000, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the models train.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(rounds: int, samples: int, loop_samples: int, micro_batch: int, as_json: bool) -> None:
+def main(rounds: int, samples: int, loop_samples: int, micro_batch: int, device: str, as_json: bool) -> None:
     """Time and weigh both sides, print the ratios."""
     tasks = task_set("xor-first")
     (ours_s, ours_bytes), (loop_s, loop_bytes) = in_own_process("ours", samples), in_own_process("loop", loop_samples)
-    plain(tasks)  # first calls
+    plain(tasks, device)  # first calls
     epochs, trainings, plains = [], [], []
     for _ in range(rounds):
-        epoch, training, ours_loss = ours(micro_batch)
-        seconds, plain_loss = plain(tasks)
+        epoch, training, ours_loss = ours(micro_batch, device)
+        seconds, plain_loss = plain(tasks, device)
         epochs.append(epoch), trainings.append(training), plains.append(seconds)
     rate = TRAIN / min(trainings)
     flops = rate * flops_per_sample(make_model("mlp", L, 50, 0))
-    peak = matmul_rate(micro_batch or BATCH)
+    peak = matmul_rate(micro_batch or BATCH, device)
     result = {
         "samples": samples, "generation_s": ours_s, "generation_mb": ours_bytes / 1e6, "samples_per_s": samples / ours_s,
         "loop_samples": loop_samples, "loop_samples_per_s": loop_samples / loop_s, "loop_bytes_per_sample": loop_bytes / loop_samples,
@@ -175,7 +178,7 @@ def main(rounds: int, samples: int, loop_samples: int, micro_batch: int, as_json
         "threads": torch.get_num_threads(),
     }  # fmt: skip
     if as_json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps(result))
         return
     print(f"generation: {samples:,} samples in {ours_s:.1f} s ({result['samples_per_s'] / 1e6:.1f} M/s), {result['generation_mb']:.0f} MB; loop "
           f"{result['loop_samples_per_s'] / 1e6:.3f} M/s, {result['loop_bytes_per_sample']:.0f} bytes a sample on {loop_samples:,}\n"

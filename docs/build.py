@@ -48,7 +48,7 @@ SECTIONS: list[tuple[str, str, str]] = [
     ("Experiments", "experiments", "train group counts synthetic synthetic_features measure needle"),
     ("Reports", "reports", "train synthetic measure"),
     ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack live"),
-    ("About", "about", "claims cite contribute start"),
+    ("About", "about", "claims log cite contribute start"),
     ("Run templates", "runs", ""),
 ]
 ROOT_PAGES = "about"  # notebooks beside index.ipynb stand in this section
@@ -288,7 +288,7 @@ def note_provenance(nb: nbformat.NotebookNode, tables: Iterable[Path]) -> list[s
 
     lines, wrong = [], []
     for table in tables:
-        made_from, complaints = provenance(table, ROOT)
+        made_from, complaints = provenance(table, ROOT, "\n".join(cell.source for cell in nb.cells))
         if made_from:
             lines.append(f"`{shown(table)}`: {made_from}")
         if complaints:

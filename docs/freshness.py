@@ -1,81 +1,86 @@
-"""What a results table was made from, and whether that is still how things stand.
+"""What a results table was made from, and whether it agrees with today's recipe, parameters and data.
 
-A table's rows name the code, the commit, the notebook and the data of their runs. Here they are compared with the
-present notebook and code, and with the grid that asked for the runs; a result page says what comes of it.
+A result is valid by recipe, parameters and data; the code that made it is named, and whether today's code repeats it is measured by `ctxnb verify`. A table of
+an older recipe may be shown as what it is: where the page says "recipe 1" in its text, that it was made with recipe 1 is information, not a complaint.
 """
 
+import re
 from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
 
-COLUMNS = ("code", "commit", "data", "notebook", "notebook_hash", "parameters_hash", "started")
+COLUMNS = ("recipe", "code", "commit", "data", "notebook", "started")
 
 
-def provenance(table: Path, root: Path) -> tuple[str, list[str]]:
+def provenance(table: Path, root: Path, page: str = "") -> tuple[str, list[str]]:
     """What a table was made from, and what is wrong with that today.
 
     Args:
         table: results table in Parquet that `ctxnb results` wrote.
         root: the project's folder.
+        page: text of the page that shows the table.
 
     Returns:
-        A sentence, and complaints: runs made by other code, another version of their notebook or from other data,
-        runs that the grid asks for and the table lacks. A table that is not of runs has neither.
+        Sentences, and complaints: rows of an older recipe that the page does not state, or made from other data, and runs
+        that the grid asks for and the table lacks. A table that is not of runs has neither.
     """
+    from ctxnb.batch.verify import verifications  # not at the top: a site without runs does not need the runner
+
     if not set(COLUMNS) <= set(pq.read_schema(table).names):
         return "", []
-    rows = pd.read_parquet(table, columns=list(COLUMNS))
+    rows = pd.read_parquet(table)
     days = sorted({text[:10] for text in rows.started})
     made = f"{len(rows)} run{'s' * (len(rows) > 1)} of {days[0]}" + (f" to {days[-1]}" if len(days) > 1 else "")
     named = "; ".join(
         f"{column} {', '.join(f'`{value}`' for value in (rows[column].str[:12] if column == 'data' else rows[column]).unique())}"
-        for column in ("notebook", "code", "commit", "data")
+        for column in ("notebook", "recipe", "code", "commit", "data")
         if rows[column].astype(bool).any()
     )
-    return f"{made}: {named}.", [*_stale(rows, root), *_against_grid(rows, table, root)]
+    older, stated = _older_recipe(rows, root, page)
+    again = verifications(table)
+    notes = [f"{made}: {named}", *stated, *([str(again[-1])] if again else [])]
+    return f"{'. '.join(notes)}.", older or ([] if stated else _against_grid(rows, table, root))
 
 
-def _stale(rows: pd.DataFrame, root: Path) -> list[str]:
-    from ctxnb.batch.code import code_version  # not at the top: a site without runs does not need the runner
-    from ctxnb.batch.grid import GridError, read_template
+def _older_recipe(rows: pd.DataFrame, root: Path, page: str) -> tuple[list[str], list[str]]:
+    """Rows of an older recipe: those that the page does not state, and those that it does."""
+    from ctxnb.batch.template import GridError, read_template
 
-    complaints = []
-    for notebook, part in rows.groupby("notebook"):
+    complaints, stated = [], []
+    for (notebook, recipe), part in rows.groupby(["notebook", "recipe"]):
         try:
-            template = read_template(root / notebook)
+            now = read_template(root / notebook).recipe
         except GridError as problem:
             complaints.append(f"their notebook cannot be read: {problem}")
             continue
-        now = code_version(template.imports)
-        other = {
-            f"other code (now `{now}`)": (part.code != now).sum(),
-            "another version of their notebook": (part.notebook_hash != template.code_hash).sum(),
-        }
-        complaints += [
-            f"{number} of {len(part)} runs were made by {what}" for what, number in other.items() if number
-        ]
-    return complaints
+        if recipe != now:
+            known = re.search(rf"\brecipe\s+{recipe}\b", page)
+            (stated if known else complaints).append(f"{len(part)} of {len(rows)} runs were made with recipe {recipe}; today's is {now}")
+    return complaints, stated
 
 
 def _against_grid(rows: pd.DataFrame, table: Path, root: Path) -> list[str]:
     """`<experiment>-<preset>.parquet` holds the runs of `data/grids/<preset>/<experiment>.toml`."""
-    from ctxnb.batch.grid import GridError, read_grid, runs_of
+    from ctxnb.batch.grid import read_grid
+    from ctxnb.batch.results import row_parameters
+    from ctxnb.batch.runs import UNPREPARED, DataSource
+    from ctxnb.batch.template import GridError, digest
 
     experiment, _, preset = table.stem.rpartition("-")
-    grid = root / "data" / "grids" / preset / f"{experiment}.toml"
-    if not grid.is_file():
+    file = root / "data" / "grids" / preset / f"{experiment}.toml"
+    if not file.is_file():
         return []
     try:
-        wanted = {run.parameters_hash: run.data for run in runs_of(read_grid(grid))}
-    except OSError:  # it reads what lies on another machine, a model trained there for example
-        return []
+        grid = read_grid(file)
     except GridError as problem:
         return [f"their grid cannot be read: {problem}"]
-    lacking = len(wanted.keys() - set(rows.parameters_hash))
+    made = {digest(row_parameters(row, grid.template)): row["data"] for row in rows.to_dict("records")}
+    source, cells = DataSource(grid.data_source, grid.base), list(grid.cells())
+    lacking = sum(digest(cell) not in made for cell in cells)
     # data that are not prepared on this machine cannot be compared
-    now = rows.parameters_hash.map(wanted).replace({"": None, "unprepared": None})
-    changed = (now.notna() & (now != rows.data)).sum()
-    return [f"{lacking} of {len(wanted)} runs of `{grid.relative_to(root)}` are missing"] * bool(lacking) + [
+    pairs = [(made[key], source.digest(cell)) for cell in cells if (key := digest(cell)) in made]
+    changed = sum(today not in ("", UNPREPARED) and today != then for then, today in pairs)
+    return [f"{lacking} of {len(cells)} runs of `{file.relative_to(root)}` are missing"] * bool(lacking) + [
         f"{changed} of {len(rows)} runs were made from other data"
     ] * bool(changed)

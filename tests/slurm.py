@@ -2,12 +2,11 @@
 
 Debian's slurm-wlm and munge, started without systemd, Docker or an accounting database: one controller, one node
 with two cores and two GPUs (character devices that are none), a partition and an urgent one that preempts it.
-`reason_not_to()` says in words why there is none here. Everything is stopped at the end, however the tests end.
-Needs root. Run as a script, `python tests/slurm.py COMMAND...` starts it, runs the command, and stops it.
+Everything is stopped at the end, however the tests end.
+Needs root and the commands of `make test-system-deps`. Run as a script, `python tests/slurm.py COMMAND...` starts it, runs the command, and stops it.
 """
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,9 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from debian import install
-
-PACKAGES = ("slurm-wlm", "munge")
 CONFIG = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -59,17 +55,6 @@ PartitionName=main Nodes=ALL Default=YES DefaultTime=60 MaxTime=INFINITE Priorit
 PartitionName=urgent Nodes=ALL DefaultTime=60 PriorityTier=10 PreemptMode=OFF
 """
 FREEZER = Path("/sys/fs/cgroup/freezer")
-
-
-def reason_not_to() -> str:
-    """Why no Slurm can be started here, after trying to install it; empty where it can."""
-    if os.geteuid() != 0:
-        return "a Slurm of one's own needs root"
-    if all(map(shutil.which, ("slurmctld", "slurmd", "munged"))):
-        return ""
-    if not shutil.which("apt-get"):
-        return "slurm-wlm and munge are not installed, and there is no apt-get to install them"
-    return install(*PACKAGES)
 
 
 class Slurm:
@@ -194,7 +179,5 @@ def _wait(true, what: str, seconds: float = 60) -> None:
 
 
 if __name__ == "__main__":
-    if reason := reason_not_to():
-        sys.exit(reason)
     with tempfile.TemporaryDirectory() as folder, Slurm(Path(folder)) as cluster:
         sys.exit(subprocess.run(sys.argv[1:], env=cluster.environment).returncode)

@@ -40,8 +40,9 @@ class Project:
         self.template(WORK)
         self.axes(context_length=[4, 8, 16, 32], seed=[0, 1])
 
-    def template(self, body: str, parameters: str = "context_length = 8\nseed = 0\nseconds = 0.3") -> None:
-        cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(body)]
+    def template(self, body: str, parameters: str = "context_length = 8\nseed = 0\nseconds = 0.3", recipe: int = 1) -> None:
+        cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+                 nbformat.v4.new_code_cell(f"recipe = {recipe}", metadata={"tags": ["settings"]}), nbformat.v4.new_code_cell(body)]
         kernel = {"name": "python3", "language": "python", "display_name": "python3"}
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), self.folder / "work.ipynb")
 
@@ -152,14 +153,26 @@ def test_same_key_twice_is_refused(project):
     assert "two runs with the same key: seed=0" in project("run", expect=2)
 
 
-def test_edited_template_makes_results_stale(project):
+def test_other_code_is_information_and_another_recipe_makes_results_stale(project):
     project.axes(seed=[0, 1])
     project("run")
     project.template(WORK.replace("0.01", "0.02"))
-    assert "2 stale" in project("status")
-    assert "made by another version of its notebook" in project("results")
+    assert "2 done" in project("status") and "to do: 0" in project("run")
+    for status in project.runs.glob("work-*/status.json"):
+        status.write_text(json.dumps(json.loads(status.read_text()) | {"code": "0123456789ab"}))
+    assert "2 done" in (out := project("status")) and out.count("made by other code, 0123456789ab") == 2
+    project.template(WORK.replace("0.01", "0.02"), recipe=2)
+    assert "2 stale" in (out := project("status")) and out.count("made with recipe 1; today's is 2") == 2
+    assert "made with recipe 1; today's is 2" in project("results")
     project("run")
-    assert project.table().loss.tolist() == [8 ** -0.5, 8 ** -0.5 + 0.02]
+    assert project.table().loss.tolist() == [8 ** -0.5, 8 ** -0.5 + 0.02] and project.table().recipe.tolist() == [2, 2]
+
+
+def test_a_new_parameter_at_its_default_keeps_results(project):
+    project.axes(seed=[0, 1])
+    project("run")
+    project.template(WORK, "context_length = 8\nseed = 0\nseconds = 0.3\ndropout = 0.0")
+    assert "2 done" in project("status") and project.table().dropout.tolist() == [0.0, 0.0]
 
 
 def test_only_some_of_the_grid(project):
@@ -198,7 +211,7 @@ def test_every_row_says_where_it_comes_from(project):
     project("run")
     project("results", "-o", str(project.folder / "t.parquet"))
     (row,) = pd.read_parquet(project.folder / "t.parquet").to_dict("records")
-    for column in ("run", "notebook", "notebook_hash", "parameters_hash", "code", "commit", "dirty", "hardware", "python",
+    for column in ("run", "notebook", "notebook_hash", "recipe", "code", "commit", "dirty", "hardware", "python",
                    "papermill_version", "started", "seconds", "process_memory_mb"):
         assert row[column] not in ("", None), column
     assert row["data"] == "" and row["dirty"] in (True, False)  # this grid names no data
@@ -277,8 +290,7 @@ def test_the_users_resources_go_before_the_grids(project):
 
 def test_papermills_own_command_records_the_same_result(tmp_path):
     """One cell of the training grid, tiny: by papermill's command line and by `ctxnb one`."""
-    tiny = dict(context_length=4, train_tokens=4000, layers=1, heads=1, width=8, tokens_per_step=64, epochs=0.1, min_steps=4,
-                evaluations=2, max_context=8, dev_targets=1, test_targets=1, device="cpu")
+    tiny = dict(context_length=4, train_tokens=4000, layers=1, heads=1, width=8, tokens_per_step=64, max_context=8, dev_targets=1, test_targets=1, device="cpu")
     template = Path(__file__).parents[1] / "nbs" / "runs" / "train.ipynb"
     papermill = Path(sys.executable).with_name("papermill")
     arguments = [text for name, value in tiny.items() for text in ("-p", name, str(value))]
@@ -300,7 +312,7 @@ def test_every_help_is_for_a_newcomer():
     overview = CliRunner().invoke(main, ["--help"]).output
     assert all(f"{code}  " in overview for code in EXIT_CODES) and "To begin:" in overview
     commands = re.findall(r"^  (\w+)  ", overview.partition("Commands:")[2].partition("To begin:")[0], re.M)
-    assert len(commands) == 13
+    assert len(commands) == 12
     for command in commands:
         text = CliRunner().invoke(main, [command, "--help"]).output
         assert text.startswith(f"Usage: main {command}") and len(text.splitlines()[2]) > 20

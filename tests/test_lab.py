@@ -16,13 +16,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from browser import chromium, reason_not_to
+from browser import chromium
 from playwright.sync_api import Locator, Page, expect
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "for-this-test-only"
 MINUTE = 60_000  # Playwright's milliseconds
-pytestmark = pytest.mark.slow  # about a minute: a server, two kernels, a training run
+pytestmark = pytest.mark.system("chromium")  # about a minute: a server, two kernels, a training run
 
 WATCH_PICTURES = """() => {
     window.pictures = new Set();
@@ -79,8 +79,6 @@ def wait(true, what: str, seconds: float) -> None:
 
 @pytest.fixture(scope="module")
 def browser():
-    if reason := reason_not_to():
-        pytest.skip(reason)
     with chromium() as browser:
         yield browser
 

@@ -14,15 +14,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from ctxnb.batch.grid import read_grid, runs_of
-from ctxnb.models import pretrained as models
+from ctxnb.batch.grid import read_grid
 from ctxnb.experiments.measure import draw_target_table, measure, measure_windows, measured_text, read_target_table, target_windows
-from ctxnb.models.pretrained import bos_of, find_model, load_model, longest_context, read_config
 from ctxnb.experiments.needle import ask
+from ctxnb.experiments.losses import evaluate
+from ctxnb.experiments.train import train
+from ctxnb.models import pretrained as models
+from ctxnb.models.pretrained import bos_of, find_model, load_model, longest_context, read_config
 from ctxnb.text.tokens import token_store
-from ctxnb.experiments.train import evaluate, train
 from ctxnb.text.windows import draw_targets
 
 ROOT = Path(__file__).parents[1]
@@ -99,8 +100,8 @@ def test_every_family_through_the_public_entry(family, store, tmp_path):
 
 def test_a_model_of_this_project(store, tmp_path):
     trained = train(
-        context_length=16, train_tokens=20_000, seed=3, segment_tokens=1024, layers=1, heads=2, width=16, tokens_per_step=256, min_steps=20,
-        epochs=0.1, evaluations=2, dev_targets=2, test_targets=4, device="cpu", folder=tmp_path / "train", store=store)
+        context_length=16, train_tokens=20_000, seed=3, segment_tokens=1024, layers=1, heads=2, width=16, tokens_per_step=256,
+        epochs=[0.25], dev_targets=2, test_targets=4, device="cpu", folder=tmp_path / "train", store=store)
     folder = str(tmp_path / "train" / "model")
     result = measure(folder=tmp_path / "run", model=folder, context_length=16, split="test", **TINY | {"tokenizer": "", "documents": 0})
     assert result["vocab_size"] == 257
@@ -108,8 +109,8 @@ def test_a_model_of_this_project(store, tmp_path):
     model = load_model(find_model(folder), device="cpu")
     targets = draw_targets(store, "test", 128, 4)
     table = pd.DataFrame({"document": targets.document, "position": targets.position})
-    assert measure_windows(model, target_windows(store, table, 16)).loss.mean() == pytest.approx(trained["loss"], abs=1e-4)
-    assert evaluate(model, store, targets, 16).loss == pytest.approx(trained["loss"], abs=1e-4)
+    assert measure_windows(model, target_windows(store, table, 16)).loss.mean() == pytest.approx(trained.loss, abs=1e-4)
+    assert evaluate(model, store, targets, 16).loss == pytest.approx(trained.loss, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -266,11 +267,15 @@ def test_finished_lengths_survive_a_kill(toy, tmp_path):
 
 @pytest.mark.parametrize("preset, name", [("quick", "measure"), ("standard", "measure"), ("paper", "measure"), ("standard", "measure_own"), ("standard", "needle")])
 def test_grids_are_sound(preset, name):
+    """No length exceeds the tokens that a target has before it, and more than one length is measured."""
     grid = read_grid(ROOT / "data" / "grids" / preset / f"{name}.toml")
-    if name == "measure_own":  # its model has to be trained first
-        return
-    lengths = [run.parameters.get("context_length", 1) for run in runs_of(grid)]
-    assert max(lengths) <= runs_of(grid)[0].parameters.get("max_context", 1)
+    of_all = grid.template.defaults | grid.parameters
+    if name == "needle":
+        assert max(of_all["visible"]) <= of_all["context"] and max(of_all["distances"]) <= of_all["context"]
+        assert len(set(of_all["visible"])) > 1
+    else:
+        assert len(set(grid.axes["context_length"])) > 1
+        assert max(grid.axes["context_length"]) <= of_all["max_context"]
 
 
 # --- questions ----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 from nbclient import NotebookClient
 
 NBS = Path(__file__).parents[1] / "nbs"
+pytestmark = pytest.mark.slow  # each page runs top to bottom
 PAGES = [*sorted((NBS / "results").glob("*.ipynb")), NBS / "about/claims.ipynb", NBS / "about/cite.ipynb"]
 
 

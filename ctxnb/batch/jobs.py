@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .runs import Run
 from ..paths import write_atomic
 
 # %% ../../nbs/batch/jobs.ipynb #90923382
@@ -39,21 +40,27 @@ class Job:
 
 
 def note_jobs(
-    jobs: dict[str, list[str]],
+    jobs: dict[str, list[Run]],
     runs: Path,
+    grid: Path,
 ) -> Path:
     """Note which job will do which runs.
 
     Args:
-        jobs: job id -> ids of its runs; the jobs of one submission.
+        jobs: job id -> its runs; the jobs of one submission.
         runs: folder of all runs.
+        grid: the grid's file.
 
     Returns:
         The note's file.
     """
     (runs / ".jobs").mkdir(parents=True, exist_ok=True)
-    note = json.dumps({"user": os.getuid(), "jobs": jobs}, indent=0)
-    return write_atomic(runs / ".jobs" / f"{next(iter(jobs))}.json", note)
+    every = [run for each in jobs.values() for run in each]
+    note = {
+        "user": os.getuid(), "grid": str(grid.resolve()), "jobs": {job: [run.id for run in each] for job, each in jobs.items()},
+        "axes": {run.id: {name: str(run.parameters[name]) for name in run.axes} for run in every},
+    }
+    return write_atomic(runs / ".jobs" / f"{next(iter(jobs))}.json", json.dumps(note, indent=0))
 
 
 def read_notes(
@@ -70,9 +77,11 @@ def read_notes(
     notes = {}
     for file in sorted((runs / ".jobs").glob("*.json"), key=lambda file: file.stat().st_mtime_ns):
         try:
-            notes[file] = json.loads(file.read_text(encoding="utf-8"))
+            note = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
+        if isinstance(note, dict) and {"user", "jobs"} <= note.keys():
+            notes[file] = note
     return notes
 
 

@@ -6,6 +6,7 @@
 __all__ = ['Plan', 'plan', 'states_now', 'launch', 'check_writable']
 
 # %% ../../nbs/batch/launch.ipynb #3a9214dd
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -26,10 +27,13 @@ from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
 from .code import code_version
-from .execute import RunState, execute_run, partial_path, read_status, run_lock, states_of, write_status
-from .grid import Grid, GridError, Run, runs_of
+from .execute import execute_run
+from .grid import Grid, bullets
 from .jobs import Job, queued_runs
-from .machine import Place, hardware, places_for, take_place, visible_gpus
+from .machine import Place, hardware, own_cores, places_for, take_place, visible_gpus
+from .runs import DataSource, Run, runs_of
+from .states import RunState, partial_path, read_status, run_lock, states_of, write_status
+from .template import GridError, load
 
 # %% ../../nbs/batch/launch.ipynb #130ffc38
 @dataclass(frozen=True)
@@ -85,37 +89,64 @@ def plan(
     runs: Path,
     only: dict[str, list[str]] | None = None,
     build: bool = False,
+    check: bool = False,
 ) -> Plan:
-    """Look up the state of every run of a grid, in the folders of the runs and in Slurm's queue.
+    """Look up the state of every run of a grid, in the run folders and in Slurm's queue.
 
     Args:
         grid: the grid.
         runs: folder of all runs.
         only: axis name -> values to keep, as text.
-        build: prepare the grid's data if they are not there.
+        build: prepare the data of what is to do, if they are not there, and check.
+        check: refuse what a launch would refuse: data that cannot be read, settings that do not fit the data.
 
     Returns:
         The plan.
 
     Raises:
-        GridError: see `runs_of`.
+        GridError: see `runs_of`; with `check` or `build`, all runs that would be refused.
     """
-    code = code_version(grid.template.imports)
-    return Plan(grid, states_now(runs_of(grid, only, build), code, runs), code, runs)
+    code, source = code_version(grid.template.imports), DataSource(grid.data_source, grid.base)
+    planned = Plan(grid, states_now(runs_of(grid, only, source=source), runs, code), code, runs)
+    if build and planned.to_do(retry_failed=True):
+        planned = replace(planned, states=states_now(runs_of(grid, only, build, source), runs, code))
+    if (build or check) and (refused := _refusals(planned, source)):
+        raise GridError(bullets(f"{grid.path}: {len(refused)} runs would fail", refused))
+    return planned
 
 
-def states_now(grid_runs: list[Run], code: str, runs: Path) -> list[RunState]:
-    """State of each run, with what waits in Slurm's queue.
+def _refusals(planned: Plan, source: DataSource) -> list[str]:
+    """Why runs that are to do would fail, as far as their data and their settings class can tell."""
+    todo = planned.to_do(retry_failed=True)
+    if not todo:
+        return []
+    settings = load(planned.grid.template.settings, "Settings") if planned.grid.template.settings else None
+    refused = []
+    for run in todo:
+        data = source.open(run.parameters)
+        if problem := source.problem(run.parameters):
+            refused.append(f"its data cannot be read, with paths from {run.base}: {problem}")
+        elif hasattr(settings, "check"):
+            try:
+                with contextlib.chdir(run.base):
+                    settings(**run.parameters).check(data)
+            except (ValueError, OSError) as error:
+                refused.append(f"{run.label}: {error}")
+    return refused
+
+
+def states_now(grid_runs: list[Run], runs: Path, code: str = "") -> list[RunState]:
+    """State of each run, including what waits in Slurm's queue.
 
     Args:
         grid_runs: the runs.
-        code: the present code version of their notebook.
         runs: folder of all runs.
+        code: today's code version of their notebook.
 
     Returns:
         A state for each, in order.
     """
-    states = states_of(grid_runs, code, runs)
+    states = states_of(grid_runs, runs, code)
     if all(state.state in ("done", "running") for state in states):
         return states
     jobs = queued_runs(runs)
@@ -160,6 +191,7 @@ def launch(
     if not todo:
         return outcomes
     check_writable(plan.runs)
+    os.environ["PYTHONSAFEPATH"] = "1"  # or a json.py in the working folder would be imported by the workers
     places = _places(plan, min(workers or plan.grid.resources.workers, len(todo)), in_job)
     _threads(plan, len(places), in_job)
     context = multiprocessing.get_context("forkserver")
@@ -185,9 +217,11 @@ def launch(
             imports = ", ".join(plan.grid.template.imports)
             raise GridError(f"a worker died before it began a run: was it killed, or is one of {imports} broken? (traceback above)") from error
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second ctrl-C must not stop the stopping
             _stop(pool)
             for run in todo:
                 _settle(run, plan.runs, "interrupted", "stopped by hand", None)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             raise
         finally:
             _stop(pool)
@@ -215,12 +249,12 @@ def _places(plan: Plan, workers: int, in_job: bool) -> list[Place]:
     gpus = visible_gpus()
     if in_job:
         return [Place((), None, hardware(gpus, plan.grid.resources.runs_per_gpu))] * workers
-    return places_for(plan.grid.resources, workers, sorted(os.sched_getaffinity(0)), gpus)
+    return places_for(plan.grid.resources, workers, own_cores(), gpus)
 
 
 def _threads(plan: Plan, workers: int, in_job: bool) -> None:
     """Set before the fork server starts: the numerical libraries read these when they are imported."""
-    cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or 1) if in_job else len(os.sched_getaffinity(0))
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or 1) if in_job else len(own_cores())
     threads = os.environ.get("OMP_NUM_THREADS") or str(plan.grid.resources.cpus or max(1, cores // workers))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, threads)

@@ -25,10 +25,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from .execute import RunState, states_of
-from .grid import Grid, GridError, Run
+from .grid import Grid
 from .launch import Plan, launch
+from .machine import own_cores
 from .record import LOG, RESULT
+from .runs import Run
+from .states import RunState, states_of
+from .template import GridError
 
 # %% ../../nbs/batch/live.ipynb #499e619f
 def cells(grid: Grid, **values: Any) -> Grid:
@@ -56,7 +59,7 @@ def cells(grid: Grid, **values: Any) -> Grid:
                 raise GridError(f"{name} = {one!r} is a {type(one).__name__}: expected a {type(defaults[name]).__name__}, "
                                 f"as in {grid.template.name}")
     fixed = {name: value for name, value in grid.parameters.items() if name not in axes}
-    return replace(grid, parameters=fixed, axes=axes)
+    return replace(grid, parameters=fixed, blocks=(axes,))
 
 # %% ../../nbs/batch/live.ipynb #690ed9ab
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def look(plan: Plan) -> list[Seen]:
     Returns:
         One for each run, in the grid's order.
     """
-    states = states_of([state.run for state in plan.states], plan.code, plan.runs)
+    states = states_of([state.run for state in plan.states], plan.runs, plan.code)
     return [Seen(state, _read(state, LOG), json.loads(_read(state, RESULT)) if state.state == "done" else None) for state in states]
 
 
@@ -168,7 +171,7 @@ def _launch(plan: Plan, tell: Connection) -> None:
     """What the launcher's process does. What it would print, one line for each run, the figure shows already."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(KeyboardInterrupt):
         # as many threads as in a launch of the whole grid: the same numbers, and a small model is no faster on more
-        os.environ.setdefault("OMP_NUM_THREADS", str(plan.grid.resources.cpus or max(1, len(os.sched_getaffinity(0)) // plan.grid.resources.workers)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(plan.grid.resources.cpus or max(1, len(own_cores()) // plan.grid.resources.workers)))
         try:
             launch(plan, retry_failed=True)
         except GridError as error:

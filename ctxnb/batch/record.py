@@ -56,8 +56,8 @@ def record(
     """Write a run's result as `result.json` in its folder, atomically; without it a run does not count as done.
 
     Args:
-        result: column name -> scalar (str, bool, int, float, None) or list of them; numpy and torch
-            values are converted. Nested dictionaries are refused.
+        result: column name -> scalar (str, bool, int, float, None) or list of them, lists of lists included; numpy
+            and torch values are converted. Dictionaries are refused.
 
     Raises:
         TypeError: a value is neither a scalar nor a list of scalars.
@@ -73,13 +73,13 @@ def record(
         print(f"result recorded in {BY_HAND}/{folder.name}/{RESULT}, in the folder of the runs")
 
 
-def _plain(name: str, value: Any, inside_list: bool = False) -> Any:
+def _plain(name: str, value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
         value = value.tolist()
-    if isinstance(value, (list, tuple)) and not inside_list:
-        return [_plain(name, item, inside_list=True) for item in value]
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"result {name!r} is {value}: expected a finite number")
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
-    raise TypeError(f"result {name!r} holds a {type(value).__name__}: expected a scalar or a list of scalars")
+    raise TypeError(f"result {name!r} holds a {type(value).__name__}: expected a scalar or a list")

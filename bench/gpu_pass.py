@@ -1,0 +1,275 @@
+"""The steps of a pass on one GPU; started by `bench/gpu_pass.sh`, which makes the environment.
+
+1. Correctness: the tests marked `gpu`.
+2. Speed: `bench_train.py`, `bench_measure.py`, `bench_synthetic.py` on CUDA.
+3. The token-scale table: `data/grids/standard/train.toml` by `ctxnb run`, seed 0 first, each data size whole before the next.
+4. Where time is left: other seeds, and the synthetic transformer at its standard sizes.
+
+Each step is a process with a time limit. What it says is appended to `log.txt`, and `report.json` and `report.md` are written after each, so that a cut
+at any second loses at most one step. Limits are shares of the pass, or what is left of it; a step that hits its limit is no failure where it works in
+pieces that are kept (`cut` in the report).
+"""
+import argparse
+import datetime
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import tomllib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CTXNB = [sys.executable, "-c", "from ctxnb.cli import main; main()"]
+GRID = ROOT / "data/grids/standard/train.toml"
+SPARE = 12.0  # seconds kept for the last report, the table and the archive
+# One seed of the grid has 330 of the 570 seconds; the correctness step has what a compilation for each of its shapes costs.
+SECONDS = {"correctness": 90, "speed: published shape": 75, "speed: small models": 45, "speed: measuring": 25, "speed: synthetic": 20}
+# What makes a run of the rehearsal small; all else is the real grid's.
+TINY = dict(tokenizer="bytes", min_tokens=1, max_context=16, segment_tokens=512, layers=1, heads=2, width=16, tokens_per_step=128,
+            epochs=[0.5, 1.0], candidates=[[0.0, 0.1, 0.002], [0.1, 0.1, 0.002]], dev_targets=2, test_targets=2, train_targets=4, device="cpu")
+TINY_AXES = dict(train_tokens=[2000, 4000], context_length=[4, 16], seed=[0, 1])
+
+
+@dataclass
+class Step:
+    """One step as the report shows it.
+
+    Args:
+        name: what it does.
+        verdict: `passed`, `failed`, `cut` at its time limit, or `left out` for want of time.
+        seconds: wall time.
+        limit: its time limit, seconds.
+        figures: what it measured.
+        said: its last words, where it failed.
+    """
+
+    name: str
+    verdict: str
+    seconds: float = 0.0
+    limit: float = 0.0
+    figures: dict = field(default_factory=dict)
+    said: str = ""
+
+
+class Pass:
+    """A pass: its deadline, its folders, its report."""
+
+    def __init__(self, out: Path, work: Path, deadline: float, rehearse: bool):
+        self.out, self.work, self.deadline, self.rehearse = out, work, deadline, rehearse
+        self.steps: list[Step] = []
+        self.about = {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "rehearsal": rehearse, **machine()}
+        self.log = (out / "log.txt").open("a")
+
+    @property
+    def left(self) -> float:
+        """Seconds until the last report has to be written."""
+        return self.deadline - SPARE - time.time()
+
+    def step(self, name: str, command: list, limit: float, pieces: bool = False, environment: dict | None = None) -> Step:
+        """Run a command as a step, and note how it ended.
+
+        Args:
+            name: for the report.
+            command: what to run.
+            limit: seconds at most, fewer where the pass ends before.
+            pieces: whether what it has done at its limit is kept.
+            environment: variables beside the pass's own.
+
+        Returns:
+            The step; its figures are of the last line of its output that is a JSON object, if there is one.
+        """
+        step = Step(name, "left out", limit=round(min(limit, self.left), 1))
+        self.steps.append(step)
+        if step.limit >= 3:
+            self.log.write(f"\n===== {name} (at most {step.limit:.0f} s): {' '.join(map(str, command))}\n")
+            self.log.flush()
+            self._run(step, command, pieces, environment or {})
+        self.report()
+        return step
+
+    def _run(self, step: Step, command: list, pieces: bool, environment: dict) -> None:
+        began, output = time.time(), self.work / "output"
+        with output.open("w") as file:
+            process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | environment,
+                                       start_new_session=True)
+            try:
+                code = process.wait(timeout=step.limit)
+                step.verdict = "passed" if code == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                step.verdict = "cut" if pieces else "failed"
+                end(process)
+        step.seconds = round(time.time() - began, 1)
+        text = output.read_text(errors="replace")
+        self.log.write(text)
+        self.log.flush()
+        step.figures = last_json(text)
+        if step.verdict == "failed":
+            step.said = f"ended at its limit of {step.limit:.0f} s; " * (step.seconds >= step.limit) + text.strip()[-600:]
+
+    def report(self) -> None:
+        """Write `report.json` and `report.md`."""
+        content = self.about | {"seconds_left": round(self.left, 1), "steps": [asdict(step) for step in self.steps]}
+        (self.out / "report.json").write_text(json.dumps(content, indent=1))
+        (self.out / "report.md").write_text(as_page(self.about, self.steps))
+
+
+def end(process: subprocess.Popen) -> None:
+    """Interrupt a process and all that it started, so that checkpoints are left whole; then kill what is left."""
+    for number, patience in ((signal.SIGINT, 4), (signal.SIGKILL, 10)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=patience)
+        except (subprocess.TimeoutExpired, ProcessLookupError):
+            continue
+
+
+def machine() -> dict:
+    """Device and versions, for the report."""
+    import numpy
+    import torch
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return {"device": device, "python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda or "none",
+            "transformers": transformers.__version__, "numpy": numpy.__version__}
+
+
+def last_json(text: str) -> dict:
+    """The last line of a text that is a JSON object."""
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            try:
+                return json.loads(line)
+            except json.JSONDecodeError:
+                continue
+    return {}
+
+
+def as_page(about: dict, steps: list[Step]) -> str:
+    """The report for a reader."""
+    lines = [f"# A pass on {about['device']}", "", ", ".join(f"{name} {value}" for name, value in about.items()), "",
+             "| step | seconds | limit | verdict | figures |", "|---|---|---|---|---|"]
+    for step in steps:
+        figures = ", ".join(f"{name} {value}" for name, value in step.figures.items() if not isinstance(value, list | dict))
+        lines.append(f"| {step.name} | {step.seconds:.1f} | {step.limit:.0f} | {step.verdict} | {figures} |")
+    for step in steps:
+        for row in step.figures.get("results", []):
+            lines.append("- " + step.name + ": " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    lines += [f"\n## {step.name} failed\n\n```\n{step.said}\n```" for step in steps if step.verdict == "failed"]
+    return "\n".join(lines) + "\n"
+
+
+def correctness(run: Pass) -> None:
+    """The tests marked `gpu`; in a rehearsal on the CPU."""
+    limit = 150 if run.rehearse else SECONDS["correctness"]  # two cores import PyTorch in each process that a test starts
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "-p", "no:cacheprovider", "--durations=8"]
+    step = run.step("correctness", command, limit, environment={"CTXNB_GPU_REHEARSAL": "1"} if run.rehearse else {})
+    text = (run.work / "output").read_text() if step.seconds else ""
+    step.figures = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", text)}
+    if step.figures.get("skipped") and step.verdict == "passed" and not run.rehearse:
+        step.verdict = "failed"  # here every test has its GPU
+        step.said = "tests were skipped"
+    run.report()
+
+
+def speed(run: Pass) -> None:
+    """Every benchmark that has a CUDA side, each by its own command."""
+    python, device = [sys.executable], ["--device", "cpu" if run.rehearse else "cuda", "--json"]
+    tiny = ["--shape", "tiny", "--steps", 2, "--share", 2] if run.rehearse else ["--shape", "published", "--steps", 5, "--share", 1, "--micro-tokens", 32768]
+    run.step("speed: published shape", [*python, "bench/bench_train.py", *device, *tiny], SECONDS["speed: published shape"])
+    if not run.rehearse:
+        run.step("speed: small models", [*python, "bench/bench_train.py", *device, "--shape", "1 M", "4 M", "14 M", "--steps", 20, "--share", 1, 2, 4, 8],
+                 SECONDS["speed: small models"])
+        run.step("speed: measuring", [*python, "bench/bench_measure.py", *device, "--length", 2048, "--windows", 16], SECONDS["speed: measuring"])
+        run.step("speed: synthetic", [*python, "bench/bench_synthetic.py", *device, "--rounds", 2, "--samples", 1_000_000, "--loop-samples", 20_000], SECONDS["speed: synthetic"])
+
+
+def toml(value) -> str:
+    """A value as TOML writes it."""
+    return json.dumps(value)
+
+
+def small_grid(run: Pass) -> Path:
+    """The grid at tiny sizes on generated text: the same template, runner and table."""
+    import random
+
+    words = random.Random(0).sample([a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "lnrst"], 200)
+    chance = random.Random(1)
+    corpus = run.work / "words.jsonl"
+    corpus.write_text("".join(json.dumps({"text": " ".join(chance.choices(words, range(1, 201), k=120))}) + "\n" for _ in range(120)))
+    content = tomllib.loads(GRID.read_text())
+    parameters = content["parameters"] | TINY | {"corpus": str(corpus)}
+    grid = run.work / "quick" / "train.toml"
+    grid.parent.mkdir()
+    lines = [f"notebook = {toml(str(ROOT / content['notebook']))}", "data = \"ctxnb.text.tokens:token_store\"", "[parameters]"]
+    lines += [f"{name} = {toml(value)}" for name, value in parameters.items()]
+    lines += ["[axes]", *(f"{name} = {toml(value)}" for name, value in TINY_AXES.items()), "[resources]", "workers = 2", "minutes = 0.1"]
+    grid.write_text("\n".join(lines) + "\n")
+    return grid
+
+
+def science(run: Pass) -> None:
+    """The token-scale table, cell by cell through template, runner and result row; the table is written after each data size."""
+    grid = small_grid(run) if run.rehearse else GRID
+    axes = tomllib.loads(grid.read_text())["axes"]
+    for seed in axes["seed"]:
+        for tokens in axes["train_tokens"]:
+            if run.left < 8:
+                break
+            command = [*CTXNB, "run", grid, "--only", f"seed={seed}", "--only", f"train_tokens={tokens}"]
+            run.step(f"train: D = {tokens:,}, seed {seed}", command, run.left, pieces=True)
+            keep(run, grid)
+
+
+def others(run: Pass) -> None:
+    """Where time is left: the published synthetic transformer, trained against exact."""
+    for name in ("synthetic_transformer",):
+        if run.left < 10 or run.rehearse:
+            return
+        grid = ROOT / f"data/grids/standard/{name}.toml"
+        run.step(name, [*CTXNB, "run", grid], run.left, pieces=True)
+        subprocess.run([*CTXNB, "results", grid, "-o", run.out / f"{name}.parquet"], cwd=ROOT, stdout=run.log, stderr=run.log, timeout=60)
+
+
+def keep(run: Pass, grid: Path) -> None:
+    """Write the table of the runs so far, and an archive of their small files."""
+    subprocess.run([*CTXNB, "results", grid, "-o", run.out / "train.parquet"], cwd=ROOT, stdout=run.log, stderr=run.log, timeout=60)
+    partial = run.work / "runs.tar.gz"
+    with tarfile.open(partial, "w:gz", compresslevel=3) as archive:
+        for file in sorted(Path(os.environ["CTXNB_RUNS"]).glob("train-*/*")):
+            if file.suffix in (".json", ".ipynb", ".log") and not file.parent.name.endswith(".partial"):
+                archive.add(file, file.relative_to(os.environ["CTXNB_RUNS"]))
+    partial.replace(run.out / "runs.tar.gz")
+    import pandas
+
+    if (run.out / "train.parquet").is_file():
+        table = pandas.read_parquet(run.out / "train.parquet")
+        run.steps[-1].figures = {"runs in the table": len(table), "seconds a run": round(float(table.seconds.median()), 1)}
+    run.report()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--seconds", type=float, default=570)
+    parser.add_argument("--began", type=float, default=time.time(), help="when the pass began, seconds since 1970")
+    parser.add_argument("--rehearse", action="store_true")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    run = Pass(arguments.out, arguments.work, arguments.began + arguments.seconds, arguments.rehearse)
+    correctness(run)
+    speed(run)
+    science(run)
+    others(run)
+    print((run.out / "report.md").read_text())
+    return int(any(step.verdict == "failed" for step in run.steps))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

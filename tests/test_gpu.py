@@ -1,0 +1,150 @@
+"""What a run does on a GPU. `make gpu-rehearsal` runs the same on the CPU, where a GPU's own faults cannot show, but the tests' can.
+
+Sizes are small: on a GPU a case costs its compilation. Losses of two devices are compared in float32, whose sums differ in order only.
+"""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctxnb.experiments.train import train
+from ctxnb.text.tokens import token_store
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).resolve().parents[1]
+REHEARSAL = bool(os.environ.get("CTXNB_GPU_REHEARSAL"))
+DEVICE = "cpu" if REHEARSAL else "cuda"
+RUN = dict(
+    train_tokens=6000, seed=3, context_length=16, max_context=16, segment_tokens=512, layers=2, heads=2, width=32, tokens_per_step=256,
+    epochs=[0.5, 1.0], candidates=[[0.0, 0.1, 0.002]], dev_targets=2, test_targets=2, train_targets=4,
+)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """120 documents of 1,200 random words, the frequent ones first."""
+    words = ["".join(pair) for pair in zip(random.Random(0).choices("bdfgklmnprst", k=300), random.Random(1).choices(["an", "el", "ir", "os", "un"], k=300), strict=True)]
+    chance, file = random.Random(2), tmp_path_factory.mktemp("text") / "words.jsonl"
+    documents = (" ".join(chance.choices(words, [1 / (i + 1) for i in range(300)], k=1200)) for _ in range(120))
+    file.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return file
+
+
+@pytest.fixture(scope="session")
+def store(text, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CTXNB_DATA", str(tmp_path_factory.mktemp("data")))
+        yield token_store(str(text), "bytes")
+
+
+def trained(store, folder, device: str, compile: bool = False, precision: str = "float32", **more) -> list[float]:
+    """The losses of a run, see `losses`."""
+    return losses(asdict(train(folder=folder, store=store, compile=compile, **RUN | dict(device=device, precision=precision) | more)))
+
+
+def losses(result: dict) -> list[float]:
+    """Every loss of a run, in order."""
+    return [*result["trial_train_loss"], *result["trial_dev_loss"], *result["context_loss"], result["block_loss"]]
+
+
+def test_float32_gives_the_losses_of_the_cpu(store, tmp_path):
+    ours, cpu = trained(store, tmp_path / "gpu", DEVICE), trained(store, tmp_path / "cpu", "cpu")
+    assert ours == pytest.approx(cpu, abs=1e-4)
+
+
+def test_bfloat16_is_within_its_error(store, tmp_path):
+    """8 bits of mantissa are 0.4 % of a loss of 3 nats at one place, and less in a mean: 0.02 nats."""
+    ours, exact = trained(store, tmp_path / "bf16", DEVICE, precision="bfloat16"), trained(store, tmp_path / "exact", DEVICE)
+    assert ours == pytest.approx(exact, abs=2e-2) and ours != exact
+
+
+@pytest.mark.skipif(REHEARSAL, reason="a compiler for the CPU may not be there")
+def test_compiled_gives_the_losses_of_eager(store, tmp_path):
+    compiled, eager = trained(store, tmp_path / "compiled", DEVICE, compile=True), trained(store, tmp_path / "eager", DEVICE)
+    assert compiled == pytest.approx(eager, abs=1e-3)
+
+
+@pytest.mark.parametrize("windows", ["inside", "packed", "masked"])
+@pytest.mark.parametrize("length", [64, 128, 192, 256])
+def test_windows_of_every_kind_give_the_losses_of_the_cpu(store, tmp_path, windows, length):
+    """Also where cuDNN's attention gives NaN gradients with a mask: lengths of 64 modulo 128."""
+    same = dict(windows=windows, context_length=length, max_context=256, tokens_per_step=768 if length == 192 else 512, epochs=[1.0])
+    ours = trained(store, tmp_path / "gpu", DEVICE, precision="float32" if REHEARSAL else "bfloat16", **same)
+    cpu = trained(store, tmp_path / "cpu", "cpu", **same)
+    assert ours == pytest.approx(cpu, abs=3e-2)
+
+
+SCRIPT = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+from ctxnb.experiments.train import train
+from ctxnb.text.tokens import open_store
+store, folder, settings = sys.argv[1:]
+print(json.dumps(asdict(train(folder=Path(folder), store=open_store(store, "bytes"), compile=False, checkpoint_seconds=0.0, **json.loads(settings)))))
+"""
+
+
+def start(store, folder: Path, **more) -> subprocess.Popen:
+    """A run in a process of its own."""
+    settings = json.dumps(RUN | dict(device=DEVICE, precision="float32") | more)
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, store.folder, folder, settings], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def result_of(process: subprocess.Popen) -> dict:
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return json.loads(out.splitlines()[-1])
+
+
+def test_a_killed_run_resumes(store, tmp_path):
+    longer = dict(epochs=[2.0, 20.0])
+    killed = start(store, tmp_path / "killed", **longer)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "killed").glob("checkpoint*")):
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    resumed, whole = trained(store, tmp_path / "killed", DEVICE, **longer), trained(store, tmp_path / "whole", DEVICE, **longer)
+    assert resumed == pytest.approx(whole, abs=1e-4)
+
+
+def test_two_runs_at_once_on_one_gpu(store, tmp_path):
+    both = [start(store, tmp_path / name) for name in ("first", "second")]
+    alone = trained(store, tmp_path / "alone", DEVICE)
+    for process in both:
+        assert losses(result_of(process)) == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_process_group_of_one(store):
+    """Gradients averaged over a group of one are the gradients."""
+    code = """
+import torch, torch.distributed as group
+backend, device = ("nccl", "cuda") if torch.cuda.is_available() else ("gloo", "cpu")
+group.init_process_group(backend)
+torch.manual_seed(0)
+plain = torch.nn.Linear(8, 8).to(device)
+wrapped = torch.nn.parallel.DistributedDataParallel(plain)
+x = torch.ones(4, 8, device=device)
+wrapped(x).square().mean().backward()
+gradient = plain.weight.grad.clone()
+plain.zero_grad()
+plain(x).square().mean().backward()
+torch.testing.assert_close(gradient, plain.weight.grad)
+group.destroy_process_group()
+print(backend)
+"""
+    environment = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ("nccl" if torch.cuda.is_available() else "gloo")
