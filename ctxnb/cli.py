@@ -154,6 +154,11 @@ def _where(plan: Plan) -> str:
     return f"runs in {plan.runs}; relative paths start at {plan.grid.base}"
 
 
+def _warn(plan: Plan) -> None:
+    for warning in plan.warnings[:20]:
+        click.echo(f"  note: {warning}", err=True)
+
+
 def _time(minutes: float) -> str:
     return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.1f} min"
 
@@ -191,6 +196,7 @@ def plan(grid: Path, only: dict, changes: dict, runs_dir: Path | None) -> None:
             click.echo(f"  {state.state:<12}{state.run.label}  ({state.reason})")
     if other := sum(state.state == "done" and "other code" in state.reason for state in planned.states):
         click.echo(f"  {other} done runs were made by other code than today's; `ctxnb verify TABLE` repeats some")
+    _warn(planned)
     click.echo(f"to do: {len(todo)} runs, about {_time(planned.minutes(len(todo), workers))} on {workers} workers")
 
 
@@ -244,6 +250,7 @@ def run(grid: Path, backend: str, workers: int | None, only: dict, changes: dict
     Finished runs are skipped; a killed one resumes from its checkpoint; a failed one is left alone unless you say --retry-failed.
     """
     planned = _plan(grid, runs_dir, only, build=True, resources=resources, changes=changes)
+    _warn(planned)
     if backend == "slurm":
         return _run_on_slurm(planned, retry_failed, engine)
     todo = planned.to_do(retry_failed)

@@ -45,12 +45,14 @@ class Plan:
         states: one per run, in the grid's order.
         code: present code version of its notebook.
         runs: folder of all runs.
+        warnings: what a check of the settings found worth saying.
     """
 
     grid: Grid
     states: list[RunState]
     code: str
     runs: Path
+    warnings: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -110,29 +112,29 @@ def plan(
     planned = Plan(grid, states_now(runs_of(grid, only, source=source), runs, code), code, runs)
     if build and planned.to_do(retry_failed=True):
         planned = replace(planned, states=states_now(runs_of(grid, only, build, source), runs, code))
-    if (build or check) and (refused := _refusals(planned, source)):
+    if not (build or check):
+        return planned
+    refused, warnings = _checked(planned, source)
+    if refused:
         raise GridError(bullets(f"{grid.path}: {len(refused)} runs would fail", refused))
-    return planned
+    return replace(planned, warnings=tuple(dict.fromkeys(warnings)))
 
 
-def _refusals(planned: Plan, source: DataSource) -> list[str]:
-    """Why runs that are to do would fail, as far as their data and their settings class can tell."""
-    todo = planned.to_do(retry_failed=True)
-    if not todo:
-        return []
+def _checked(planned: Plan, source: DataSource) -> tuple[list[str], list[str]]:
+    """Why runs that are to do would fail, as far as their data and their settings class can tell; and warnings."""
     settings = load(planned.grid.template.settings, "Settings") if planned.grid.template.settings else None
-    refused = []
-    for run in todo:
+    refused, warnings = [], []
+    for run in planned.to_do(retry_failed=True):
         data = source.open(run.parameters)
         if problem := source.problem(run.parameters):
             refused.append(f"its data cannot be read, with paths from {run.base}: {problem}")
-        elif hasattr(settings, "check"):
+        elif hasattr(settings, "check") and (data is not None or not planned.grid.data_source):
             try:
                 with contextlib.chdir(run.base):
-                    settings(**run.parameters).check(data)
+                    warnings += settings(**run.parameters).check(data) or []
             except (ValueError, OSError) as error:
                 refused.append(f"{run.label}: {error}")
-    return refused
+    return refused, warnings
 
 
 def states_now(grid_runs: list[Run], runs: Path, code: str = "") -> list[RunState]:
