@@ -30,7 +30,7 @@ from .code import code_version
 from .execute import execute_run
 from .grid import Grid, bullets
 from .jobs import Job, queued_runs
-from .machine import Place, hardware, own_cores, places_for, take_place, visible_gpus
+from .machine import WorkerSlot, hardware, own_cores, slots_for, take_slot, visible_gpus
 from .runs import DataSource, Run, runs_of
 from .states import RunState, partial_path, read_status, run_lock, states_of, write_status
 from .template import GridError, load
@@ -194,17 +194,17 @@ def launch(
         return outcomes
     check_writable(plan.runs)
     os.environ["PYTHONSAFEPATH"] = "1"  # or a json.py in the working folder would be imported by the workers
-    places = _places(plan, min(workers or plan.grid.resources.workers, len(todo)), in_job)
-    _threads(plan, len(places), in_job)
+    slots = _slots(plan, min(workers or plan.grid.resources.workers, len(todo)), in_job)
+    _threads(plan, len(slots), in_job)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ctxnb.batch.engine", "matplotlib.pyplot", *plan.grid.template.imports])
     _start_deaf_server()
-    pool = ProcessPool(max_workers=len(places), max_tasks=1, context=context)
-    with tempfile.TemporaryDirectory(prefix="ctxnb-places-") as folder:
+    pool = ProcessPool(max_workers=len(slots), max_tasks=1, context=context)
+    with tempfile.TemporaryDirectory(prefix="ctxnb-slots-") as folder:
         try:
-            with _Progress(plan, len(todo), len(places)) as progress:
+            with _Progress(plan, len(todo), len(slots)) as progress:
                 futures = {
-                    pool.schedule(_work, args=[places, Path(folder), run, plan.code, engine, plan.runs, in_job]): run for run in todo
+                    pool.schedule(_work, args=[slots, Path(folder), run, plan.code, engine, plan.runs, in_job]): run for run in todo
                 }
                 pending = set(futures)
                 while pending:
@@ -247,11 +247,11 @@ def check_writable(runs: Path) -> None:
         raise GridError(f"the folder of the runs, {runs}, cannot be written: {error.strerror}") from error
 
 
-def _places(plan: Plan, workers: int, in_job: bool) -> list[Place]:
+def _slots(plan: Plan, workers: int, in_job: bool) -> list[WorkerSlot]:
     gpus = visible_gpus()
     if in_job:
-        return [Place((), None, hardware(gpus, plan.grid.resources.runs_per_gpu))] * workers
-    return places_for(plan.grid.resources, workers, own_cores(), gpus)
+        return [WorkerSlot((), None, hardware(gpus, plan.grid.resources.runs_per_gpu))] * workers
+    return slots_for(plan.grid.resources, workers, own_cores(), gpus)
 
 
 def _threads(plan: Plan, workers: int, in_job: bool) -> None:
@@ -273,10 +273,10 @@ def _start_deaf_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(places: list[Place], folder: Path, run: Run, code: str, engine: str, runs: Path, in_job: bool) -> str:
-    """What a worker does: take a free place, execute the run."""
-    place, held = take_place(places, folder)  # `held` until this process ends
-    return execute_run(run, code, engine, runs, place.hardware, in_job)
+def _work(slots: list[WorkerSlot], folder: Path, run: Run, code: str, engine: str, runs: Path, in_job: bool) -> str:
+    """What a worker does: take a free slot, execute the run."""
+    slot, held = take_slot(slots, folder)  # `held` until this process ends
+    return execute_run(run, code, engine, runs, slot.hardware, in_job)
 
 
 def _stop(pool: ProcessPool) -> None:
