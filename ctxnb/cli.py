@@ -199,7 +199,7 @@ def plan(grid: Path, only: dict, changes: dict, runs_dir: Path | None) -> None:
     _warn(planned)
     click.echo(f"to do: {len(todo)} runs, about {_time(planned.minutes(len(todo), workers))} on {workers} workers")
 
-
+# %% ../nbs/cli.ipynb #26f0c05a
 @main.command()
 @_grid
 @click.option("-w", "--watch", is_flag=True, help="Show it again every few seconds, until nothing is queued or running.")
@@ -305,7 +305,7 @@ def one(grid: Path, run: str, engine: str, runs_dir: Path | None) -> None:
     click.echo(f"{after.states[0].state} {wanted.id}  {wanted.label}")
     sys.exit(_ending(after))
 
-
+# %% ../nbs/cli.ipynb #a0ed1940
 @main.command()
 @_grid
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="MINUTES",
@@ -330,7 +330,7 @@ def wait(grid: Path, timeout: float | None, only: dict, changes: dict, runs_dir:
         time.sleep(min(10.0, 1 + (time.monotonic() - began) / 20))  # prompt for short grids, sparing for long ones
         planned = _again(planned)
 
-
+# %% ../nbs/cli.ipynb #f7bfc076
 @main.command()
 @_grid
 @_only
@@ -496,7 +496,7 @@ def results(grid: Path, format: str | None, output: Path | None, only: dict, cha
             raise GridError(f"-o {output}: {error.strerror}") from error
     sys.exit(3 if empty else 0)
 
-
+# %% ../nbs/cli.ipynb #e48a11cc
 def _with_join(table, other: Path, on: str, planned: Plan):
     """The table with the columns of another grid's or file's beside it; says how many rows found a partner."""
     import pandas as pd
@@ -546,7 +546,7 @@ def verify(table: Path, number: int, seed: int, grid: Path | None, record: bool,
     if record:
         click.echo(f"noted in {note_verification(verification, table.parent)}", err=True)
 
-
+# %% ../nbs/cli.ipynb #ede4a9e5
 @main.command()
 @click.argument("results", type=click.Path(path_type=Path))
 def best(results: Path) -> None:
