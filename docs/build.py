@@ -39,13 +39,13 @@ SITE = ROOT / "site"
 
 # Sidebar: title, folder under nbs/, reading order of the names known to have one (others follow by name).
 SECTIONS: list[tuple[str, str, str]] = [
-    ("Results", "results", "advice train train_sweep counts synthetic synthetic_sweep synthetic_features measure measure_features measure_own"),
+    ("Results", "results", "advice train train_sweep counts horizon contest synthetic synthetic_sweep synthetic_features measure measure_features measure_own"),
     ("Try it", "try", "train synthetic measure"),
-    ("Theory", "theory", "decomposition bayes_risk recovery approximation optimal_context planner"),
-    ("Statistics", "stats", "fitting spectrum intrinsic_entropy"),
+    ("Theory", "theory", "why decomposition bayes_risk recovery approximation optimal_context horizon assumptions planner"),
+    ("Statistics", "stats", "fitting spectrum intrinsic_entropy sources hierarchy lagged"),
     ("Text", "text", "corpus prose tokens windows packing xor_tasks xor_strings"),
     ("Models", "models", "gpt pretrained xor"),
-    ("Experiments", "experiments", "train group counts synthetic synthetic_features measure needle"),
+    ("Experiments", "experiments", "train group counts synthetic synthetic_features measure needle languages horizon"),
     ("Reports", "reports", "train synthetic measure"),
     ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack live"),
     ("About", "about", "claims log cite contribute start"),
