@@ -11,7 +11,7 @@ import logging
 import math
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,10 @@ log = logging.getLogger("ctxnb")
 __all__ = ['log', 'MeasureSettings', 'MeasuredText', 'measured_text', 'measure']
 
 # %% ../../nbs/experiments/measure.ipynb #08101c53
+_LAYERS = {"about": "hidden states to take, or none; 0 enters the first block, -1 is read by the output matrix", "low": -math.inf, "high": math.inf,
+           "choices": (), "empty": True}
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeasureSettings:
     """What defines a measurement; each field carries its range and one line of text (`about`)."""
@@ -66,7 +70,7 @@ class MeasureSettings:
     trim_end: int = setting(50, "tokens cut from its end", 0)
     targets_file: str = setting("", "table of targets that an earlier run kept, instead of drawing them")
     bos: bool = setting(False, "put the tokenizer's BOS before every window; it is not counted among the visible tokens")
-    layers: list[int] = setting([-1], "hidden states to take; 0 enters the first block, -1 is read by the output matrix")
+    layers: list[int] = field(default_factory=lambda: [-1], metadata=_LAYERS)
     estimators: bool = setting(True, "also neighbour and density estimates of entropy and dimension")
     entropy_dimension: int = setting(32, "principal components that density estimators see", 1)
     positions: int = setting(64, "in the run of the longest length, also the loss at so many positions inside the windows", 0)
