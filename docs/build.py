@@ -43,7 +43,7 @@ SECTIONS: list[tuple[str, str, str]] = [
     ("Try it", "try", "train synthetic measure"),
     ("Theory", "theory", "why decomposition bayes_risk recovery approximation optimal_context horizon assumptions planner"),
     ("Statistics", "stats", "fitting spectrum intrinsic_entropy sources hierarchy lagged"),
-    ("Text", "text", "corpus prose tokens windows packing retrieval ruler xor_tasks xor_strings"),
+    ("Text", "text", "corpus documents files hub identity tokenizers tokens store overlap windows packing retrieval ruler xor_tasks xor_strings"),
     ("Models", "models", "gpt pretrained xor"),
     ("Experiments", "experiments", "train group counts synthetic synthetic_features measure conventions tasks needle languages horizon"),
     ("Reports", "reports", "train synthetic measure tasks"),
