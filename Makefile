@@ -5,7 +5,7 @@ BIN    := .venv/bin
 RUNS   := $(or $(CTXNB_RUNS),data/runs)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup run site lab test test-rest test-all test-system-deps lint gpu-bundle gpu-rehearsal gpu-collect export readme check
+.PHONY: help setup run site lab test test-rest test-all test-system-deps lint gpu-bundle gpu-rehearsal gpu-collect golden export readme check
 help:        ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
@@ -18,13 +18,18 @@ setup: .venv/.ready  ## make .venv from requirements.lock and install ctxnb into
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
-run: .venv/.ready  ## run the quick grids, build the site, print the answer (about 20 minutes the first time)
-	@for grid in data/grids/quick/*.toml; do \
-	  table=$(RUNS)/tables/$$(basename $$grid .toml)-quick.parquet; \
-	  $(BIN)/ctxnb run $$grid && mkdir -p $(RUNS)/tables && $(BIN)/ctxnb results $$grid -o $$table || exit 1; \
+# The main job first: its answer is on the screen as soon as it is there. TINY=1 gives every grid but the smallest a size for CI, and its table another name.
+QUICK = train counts synthetic synthetic_features synthetic_transformer measure
+run: .venv/.ready  ## run the quick grids, the training first, print its answer, build the site
+	@mkdir -p $(RUNS)/tables
+	@for name in $(QUICK); do \
+	  grid=data/grids/quick/$$name.toml; \
+	  tiny=; preset=quick; if [ -n "$(TINY)" ] && [ -f tests/tiny/$$name ]; then tiny=$$(cat tests/tiny/$$name); preset=tiny; fi; \
+	  table=$(RUNS)/tables/$$name-$$preset.parquet; \
+	  $(BIN)/ctxnb run $$grid $$tiny && $(BIN)/ctxnb results $$grid $$tiny -o $$table || exit 1; \
+	  if [ $$name = train ]; then $(BIN)/ctxnb best $$table || exit 1; fi; \
 	done
 	@$(MAKE) --no-print-directory site
-	@$(BIN)/ctxnb best $(RUNS)/tables/train-quick.parquet
 	@echo "The pages: site/index.html"
 
 site: .venv/.ready  ## rebuild the site from the notebooks and the tables at hand
@@ -69,6 +74,9 @@ gpu-collect: .venv/.ready
 	mkdir -p $(RUNS) && tar -xzf $(OUT)/runs.tar.gz -C $(RUNS)
 	$(BIN)/ctxnb results data/grids/standard/train.toml -o data/results/train-standard.parquet
 
+golden: .venv/.ready  ## run a small cell of each template and write its losses to tests/golden, after a new recipe
+	$(BIN)/python tests/golden_cells.py write
+
 export: .venv/.ready  ## write ctxnb/*.py and README.md from the notebooks, and clean the notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
@@ -80,8 +88,8 @@ readme: .venv/.ready
 	  --NbConvertApp.output_files_dir=docs/readme nbs/index.ipynb
 	@sed -i -E 's#\]\(([a-z_/]+\.ipynb)\)#](nbs/\1)#g; s#!\[png\]#![Loss against context length, a curve for each amount of training data; the minimum moves right with more data]#' README.md
 
-check: .venv/.ready  ## fail on export drift, uncleaned notebooks, lost parameters tags, notebooks over 300 kB
+check: .venv/.ready  ## fail on export drift, uncleaned notebooks, notebooks over 300 kB, a template with other defaults and its old recipe
 	@$(MAKE) --no-print-directory export
 	@git diff --exit-code --stat || { echo "the notebooks and what is made from them differ: run make export, commit"; exit 1; }
 	@! find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -size +300k | grep . || { echo "is over 300 kB: clear or shrink its outputs"; exit 1; }
-	@for template in nbs/runs/*.ipynb; do $(BIN)/python -c "import sys; from ctxnb.batch.grid import read_template; read_template(sys.argv[1])" $$template || exit 1; done
+	@$(BIN)/python tests/golden_cells.py check

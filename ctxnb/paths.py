@@ -7,7 +7,7 @@ __all__ = ['project_root', 'data_dir', 'runs_dir', 'write_atomic']
 
 # %% ../nbs/paths.ipynb #8d86ad65
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 # %% ../nbs/paths.ipynb #4744b11d
@@ -54,26 +54,28 @@ def write_atomic(
     """Write a file so that a reader sees the old content or the new, never a part.
 
     Args:
-        path: file to write; its folder must exist.
+        path: file to write; its folder must exist. A link or a device is written through, not replaced.
         content: text (written as UTF-8) or bytes.
 
     Returns:
         The path written.
 
     Raises:
-        OSError: the disk is full or the folder is not writable; the old file is then untouched.
+        OSError: the disk is full, the folder is not writable, or the path is a folder; an old file is then untouched.
     """
-    path = Path(path)
     content = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    target = Path(path).resolve()  # a link stays a link: the file that it points to is written
+    if target.exists() and not target.is_file():  # a device or a pipe is written into, never replaced
+        target.write_bytes(content)
+        return Path(path)
+    temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:  # with the permissions that the umask gives
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    return path
+    return Path(path)

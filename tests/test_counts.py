@@ -133,5 +133,5 @@ def test_a_count_table_is_no_table_of_training_runs(tmp_path):
 
 @pytest.mark.parametrize("lengths", [[], [3, 2], [2, 2], [-1, 2], [0, 129]])
 def test_context_lengths_out_of_range_or_order_are_refused(store, lengths):
-    with pytest.raises(ValueError, match="expected ascending numbers from 0 to max_context = 128"):
+    with pytest.raises(ValueError, match="context_lengths = .*: expected (ascending numbers from 0 to max_context = 128|a whole number of 0 or more|a list with)"):
         measure_counts(store=store, train_tokens=100, seed=0, context_lengths=lengths)

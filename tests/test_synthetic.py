@@ -21,12 +21,13 @@ from ctxnb.text.xor_strings import Samples, draw, permuted_bits, split, string_c
 from ctxnb.experiments.synthetic_features import feature_report, held_out_error, line_r2
 from ctxnb.models.xor import MODELS, make_model, mask_beyond
 from ctxnb.text.xor_tasks import TaskSet, power_tasks, read_tasks, task_set, write_tasks
-from ctxnb.experiments.synthetic import CHECKPOINT, MODEL, Settings, evaluate, load_model, on_plateau, train
+from ctxnb.batch.grid import read_grid
+from ctxnb.experiments.synthetic import CHECKPOINT, MODEL, evaluate, load_model, on_plateau, train
 
 PROJECT = Path(__file__).parents[1]
 SMALL = dict(
     tasks="xor-small", train_samples=2000, seed=1, width=32, middle_width=16, head_width=16, batch=200, learning_rate=3e-3, eval_steps=10,
-    patience=1000, epochs=12, dev_samples=300, test_samples=500, device="cpu",
+    patience=1000, plateau_patience=25, epochs=12, min_steps=0, dev_samples=300, test_samples=500, device="cpu",
 )  # fmt: skip
 CLOCK = {"train_seconds", "eval_seconds", "samples_per_s"}
 
@@ -252,10 +253,10 @@ def test_bad_settings_are_refused(tmp_path, change, message):
     assert not (tmp_path / "run" / MODEL).exists()
 
 
-def test_published_settings_are_the_defaults():
-    s = Settings(context_length=27, train_samples=50_000, seed=0)
-    assert (s.tasks, s.width, s.middle_width, s.batch, s.epochs, s.patience, s.learning_rate, s.weight_decay, s.clip) == (
-        "xor-first", 400, 200, 10_000, 200, 25, 1e-3, 8e-4, 1.0)
+def test_published_settings_are_those_of_the_paper_grid():
+    s = read_grid(PROJECT / "data/grids/paper/synthetic.toml").parameters
+    assert [s[name] for name in ("tasks", "width", "middle_width", "batch", "epochs", "patience", "learning_rate", "weight_decay")] == [
+        "xor-first", 400, 200, 10_000, 200, 25, 1e-3, 8e-4]
 
 
 @pytest.mark.parametrize(

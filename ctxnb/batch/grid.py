@@ -8,6 +8,7 @@ __all__ = ['LARGEST', 'Grid', 'read_grid', 'cell_label', 'bullets']
 # %% ../../nbs/batch/grid.ipynb #bc3b6c33
 import itertools
 import math
+import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,12 +66,14 @@ class Grid:
 def read_grid(
     path: Path | str,
     resources: Path | None = None,
+    changes: dict[str, str] | None = None,
 ) -> Grid:
     """Read a grid file and check all of it against the template.
 
     Args:
         path: a TOML file.
         resources: a TOML file whose fields override the grid's `[resources]`, see `read_resources`.
+        changes: parameter name -> another value, as TOML; a list varies a parameter that is not one itself.
 
     Returns:
         The grid.
@@ -88,6 +91,8 @@ def read_grid(
         if section not in (known := ("notebook", "data", "parameters", "axes", "resources")):
             raise unknown("entry", section, known, str(path))
     template = _template_of(content, path)
+    for name, text in (changes or {}).items():
+        _change(content, name, text, template, path)
     parameters = _parameters(content.get("parameters", {}), template, path, "parameters")
     grid = Grid(
         name=f"{path.stem}-{path.resolve().parent.name}",
@@ -110,6 +115,24 @@ def _template_of(content: dict[str, Any], path: Path) -> Template:
         raise GridError(f"{path}: expected notebook = \"path/to/template.ipynb\"")
     beside = path.resolve().parent / name
     return read_template(beside if beside.is_file() else project_root(path) / name)
+
+# %% ../../nbs/batch/grid.ipynb #66642770
+def _change(content: dict[str, Any], name: str, text: str, template: Template, path: Path) -> None:
+    """Set a parameter, or an axis where the value is a list and the parameter is none."""
+    if name not in template.defaults:
+        raise unknown("parameter", name, template.defaults, f"--set (template {template.name})")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a text without quotes
+    axes = content.get("axes", {})
+    blocks = [{k: v for k, v in block.items() if k != name} for block in (axes if isinstance(axes, list) else [axes]) if isinstance(block, dict)]
+    content["parameters"] = {k: v for k, v in content.get("parameters", {}).items() if k != name}
+    if isinstance(value, list) and not isinstance(template.defaults[name], list):
+        blocks = [block | {name: value} for block in blocks]
+    else:
+        content["parameters"][name] = value
+    content["axes"] = blocks
 
 # %% ../../nbs/batch/grid.ipynb #90ef33ea
 def _parameters(content: Any, template: Template, path: Path, section: str) -> dict[str, Any]:

@@ -217,9 +217,11 @@ def launch(
             imports = ", ".join(plan.grid.template.imports)
             raise GridError(f"a worker died before it began a run: was it killed, or is one of {imports} broken? (traceback above)") from error
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second ctrl-C must not stop the stopping
             _stop(pool)
             for run in todo:
                 _settle(run, plan.runs, "interrupted", "stopped by hand", None)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             raise
         finally:
             _stop(pool)

@@ -219,6 +219,9 @@ class RunState:
 
 def _state(run: Run, code: str, runs: Path) -> RunState:
     """State of a run from the two folders of its id."""
+    for folder in run_path(run.id, runs), partial_path(run.id, runs):
+        if folder.exists() and not folder.is_dir():
+            return RunState(run, "failed", f"{folder} is a file where the run's folder should be: remove it")
     folder = run_path(run.id, runs)
     if folder.is_dir():
         status = read_status(folder)

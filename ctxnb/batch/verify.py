@@ -157,7 +157,8 @@ class Verification:
     absolute: float
 
     def __str__(self) -> str:
-        other = f", in any other number {self.absolute:.2g} ({self.column})" if self.column not in ("", "loss") else ""
+        size = "another text or length" if math.isinf(self.absolute) else f"{self.absolute:.2g}"
+        other = f"; elsewhere {size} ({self.column})" if self.column not in ("", "loss") else ""
         return (f"{len(self.runs)} of {self.of} runs repeated on {self.date} with code {self.code}: largest difference in the loss "
                 f"{self.loss:.2g} nats{other}")
 
@@ -190,7 +191,7 @@ def verify(
     runs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-", dir=runs) as folder:
         again = [run for _, run in pairs]
-        launch(Plan(grid, [RunState(run, "missing") for run in again], code, Path(folder)))
+        launch(Plan(grid, [RunState(run, "missing") for run in again], code, Path(folder)), workers=1)
         states = states_of(again, Path(folder))
         if lost := [f"{state.run.label}: {state.state}, {state.reason}" for state in states if state.state != "done"]:
             raise GridError(bullets(f"{len(lost)} of {len(states)} runs were not done", lost))

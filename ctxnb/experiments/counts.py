@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from .schema import CountSettings
 from ..text.tokens import TokenStore, token_store
 from ..text.windows import Subset, draw_targets, subset
 
@@ -187,40 +188,12 @@ def _check(tokens: np.ndarray, lengths: np.ndarray, windows: np.ndarray, vocab_s
             raise ValueError(f"{name} hold ids from {ids.min()} to {ids.max()}: expected 0 to {vocab_size - 1}")
 
 # %% ../../nbs/experiments/counts.ipynb #77be7722
-def measure_counts(
-    *,
-    train_tokens: int,
-    seed: int,
-    context_lengths: list[int],
-    corpus: str = "sotu",
-    tokenizer: str = "bytes",
-    text_column: str = "text",
-    percent: float = 100.0,
-    start_from: float = 0.0,
-    min_tokens: int = 1,
-    max_context: int = 128,
-    segment_tokens: int = 0,
-    test_targets: int = 128,
-    targets_seed: int = 0,
-    store: TokenStore | None = None,
-) -> dict:
+def measure_counts(*, store: TokenStore | None = None, **settings) -> dict:
     """Losses of count models at many context lengths, made from the subset that a trained model of that D and seed learns from.
 
     Args:
-        train_tokens: unique training tokens D.
-        seed: seed of the subset.
-        context_lengths: visible tokens l to report, ascending, 0 to `max_context`; the cost is that of the longest.
-        corpus: name or path of the text, see `token_store`.
-        tokenizer: name or folder of the tokenizer, see `token_store`.
-        text_column: column of the text in a `.jsonl` or `.parquet` corpus.
-        percent: how much of `openwebtext`, percent of its documents.
-        start_from: where in `openwebtext` to start, percent of its documents.
-        min_tokens: documents of fewer tokens are left out.
-        max_context: visible tokens before every evaluation target, the same for all runs to be compared.
-        segment_tokens: tokens in a piece of the training subset at most; 0 takes whole documents.
-        test_targets: evaluation targets per document of the test split.
-        targets_seed: seed of the evaluation targets.
         store: token store to use instead of the one that `corpus`, `tokenizer` and the settings after them name.
+        **settings: fields of `CountSettings`; the cost is that of the longest of `context_lengths`.
 
     Returns:
         Flat dictionary. Losses in nats per token: `loss` and `loss_se` (Kneser-Ney at the longest l); lists over `lengths`:
@@ -232,14 +205,13 @@ def measure_counts(
     Raises:
         ValueError: when a setting can't work.
     """
-    wanted = list(context_lengths)
-    if not wanted or wanted != sorted(set(wanted)) or not 0 <= wanted[0] <= wanted[-1] <= max_context:
-        raise ValueError(f"context_lengths = {wanted}: expected ascending numbers from 0 to max_context = {max_context}")
+    s = CountSettings(**settings)
+    wanted = list(s.context_lengths)
     if store is None:
-        store = token_store(corpus, tokenizer, text_column, percent, start_from, min_tokens)
-    data = subset(store, train_tokens, seed, segment_tokens)
-    targets = draw_targets(store, "test", max_context, test_targets, targets_seed)
-    windows = targets.windows(store, max_context)[:, max_context - wanted[-1] :]  # those of length 0 are targets alone
+        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens)
+    data = subset(store, s.train_tokens, s.seed, s.segment_tokens)
+    targets = draw_targets(store, "test", s.max_context, s.test_targets, s.targets_seed)
+    windows = targets.windows(store, s.max_context)[:, s.max_context - wanted[-1] :]  # those of length 0 are targets alone
     started = time.perf_counter()
     said = predict(_text(data), data.lengths, windows, store.vocab_size)
     seconds = time.perf_counter() - started
@@ -258,7 +230,7 @@ def measure_counts(
         "document": document.tolist(),
         "document_targets": count.tolist(),
         "count_seconds": seconds,
-        "tokens_per_s": train_tokens * (wanted[-1] + 1) / seconds,
+        "tokens_per_s": s.train_tokens * (wanted[-1] + 1) / seconds,
     }
 
 

@@ -5,10 +5,10 @@
 # %% ../../nbs/experiments/loop.ipynb #5e6fac8e
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
+
+from ..paths import write_atomic
 
 log = logging.getLogger("ctxnb")
 
@@ -105,12 +107,9 @@ class Checkpoint:
         Args:
             state: what `load` shall return.
         """
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with temporary.open("wb") as file:
-            torch.save({"identity": json.dumps(self.identity), "state": state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        content = io.BytesIO()
+        torch.save({"identity": json.dumps(self.identity), "state": state}, content)
+        write_atomic(self.path, content.getvalue())
         self.saved_at = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
@@ -273,6 +272,7 @@ def fit(
         at_point = progress.step in points
         if at_point or progress.step == until or progress.step % _LOOK == 0:
             train_loss = look(limit if at_point or progress.step == until else math.inf)
+            log.info("%s, step %d/%d: train %.4f", label, progress.step, until, train_loss)
             progress.train_seconds += time.perf_counter() - started
             if at_point:
                 _note(progress, train_loss, measure, weights, stop)
@@ -295,7 +295,7 @@ def _note(progress: Progress, train_loss: float, measure, weights, stop) -> None
         progress.best_loss, progress.best_step = dev_loss, progress.step
         progress.best_weights = copy_state(weights()) if weights else {}
     progress.stopped = stop(progress)
-    log.info("step %d: train %.4f, dev %.4f%s", progress.step, train_loss, dev_loss, ", stopping" if progress.stopped else "")
+    log.info("step %d: dev %.4f%s", progress.step, dev_loss, ", stopping" if progress.stopped else "")
 
 # %% ../../nbs/experiments/loop.ipynb #5e05c5dc
 def out_of_patience(progress: Progress, patience: int) -> bool:

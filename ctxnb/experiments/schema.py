@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from ctxnb.text.tokens import TokenStore
 
 # %% auto #0
-__all__ = ['setting', 'check_settings', 'TrainSettings', 'paired_error', 'check_text', 'column', 'TrainResult', 'about']
+__all__ = ['setting', 'check_settings', 'TrainSettings', 'paired_error', 'check_text', 'SyntheticSettings', 'FeatureSettings',
+           'CountSettings', 'column', 'TrainResult', 'about']
 
 # %% ../../nbs/experiments/schema.ipynb #20acb959
 def setting(default: Any, about: str, low: float = -math.inf, high: float = math.inf, choices: tuple[str, ...] = ()) -> Any:
     """Field of a settings dataclass, with its range and its line of text.
 
     Args:
-        default: value where none is given; a list is copied for each record.
+        default: value where none is given; a list is copied for each record, and only if it is empty may the setting be.
         about: what it is, with its unit.
         low: smallest value of a number, or of each number in a list.
         high: largest value, likewise.
@@ -31,7 +32,7 @@ def setting(default: Any, about: str, low: float = -math.inf, high: float = math
     Returns:
         A dataclass field.
     """
-    meta = {"about": about, "low": low, "high": high, "choices": choices}
+    meta = {"about": about, "low": low, "high": high, "choices": choices, "empty": default == []}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -43,7 +44,7 @@ _KINDS = {"int": (int, "whole number"), "float": ((int, float), "number"), "str"
 def _check_value(name: str, value: Any, kind: str, meta: dict) -> None:
     """Refuse a value of another type or out of range; lists are checked item by item."""
     if kind.startswith("list["):
-        if not isinstance(value, (list, tuple)) or not value:
+        if not isinstance(value, (list, tuple)) or not (value or meta["empty"]):
             raise ValueError(f"{name} = {value!r}: expected a list with at least one value")
         for item in value:
             _check_value(name, item, kind[5:-1], meta)
@@ -115,9 +116,7 @@ class TrainSettings:
     precision: str = setting("auto", "arithmetic of training: float32, bfloat16, or auto for the faster one as measured",
                              choices=("auto", "float32", "bfloat16"))
     micro_tokens: int = setting(16_384, "tokens that go through the model at once", 1)
-    processes: int = setting(1, "processes on this machine that share the windows of a step; on GPUs, one for each", 1)
-    nodes: int = setting(1, "machines that do; the same run is then started on each, with one run folder", 1)
-    rendezvous: str = setting("", "host:port of one of several machines")
+    processes: int = setting(1, "processes that share the windows of a step; 0: one for each GPU that the run sees", 0)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -198,13 +197,8 @@ def _check_train(s: TrainSettings) -> None:
             )
     for length in s.block_lengths:
         windows = s.step_windows(length)
-        if windows % (s.processes * s.nodes):
-            raise ValueError(
-                f"processes x nodes = {s.processes} x {s.nodes} can't share equally the {windows} windows of a step: "
-                f"expected a divisor of {windows}"
-            )
-    if s.nodes > 1 and not s.rendezvous.rpartition(":")[2].isdigit():
-        raise ValueError(f"rendezvous = {s.rendezvous!r} with nodes = {s.nodes}: expected host:port, the same on all machines")
+        if windows % max(1, s.processes):
+            raise ValueError(f"processes = {s.processes} can't share equally the {windows} windows of a step: expected a divisor of {windows}")
     if s.width % s.heads or (s.width // s.heads) % 4:
         raise ValueError(
             f"width = {s.width} with heads = {s.heads} makes heads of {s.width / s.heads:g}: expected a width that is a "
@@ -264,6 +258,93 @@ def check_text(s: TrainSettings, store: TokenStore) -> list[str]:
                         f"{error:.4f} nats; {remedy}")
     return warnings
 
+# %% ../../nbs/experiments/schema.ipynb #880b73b0
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSettings:
+    """What defines a run on XOR tasks; each field carries its range and one line of text (`about`)."""
+
+    tasks: str = setting("xor-small", "a file of data/tasks/ without its suffix, or the path of a JSON file")
+    model: str = setting("mlp", "mlp, two_input or transformer", choices=("mlp", "two_input", "transformer"))
+    context_length: int = setting(10, "bits l that a model takes", 1)
+    train_samples: int = setting(4000, "unique training samples D", 1)
+    seed: int = setting(0, "redraws strings, tasks, initial weights and order", 0)
+    width: int = setting(128, "size of the wide layers, or of the residual stream", 1)
+    middle_width: int = setting(64, "size of the linear middle layer", 1)
+    head_width: int = setting(64, "size of the last hidden layer of the two-input MLP", 1)
+    layers: int = setting(3, "blocks of the transformer", 1)
+    heads: int = setting(8, "attention heads of the transformer", 1)
+    masked_share: float = setting(0.5, "share of training samples whose far bits are masked (transformer)", 0, 1)
+    max_masked: int = setting(0, "most bits masked, uniform from 0 (transformer)", 0)
+    batch: int = setting(500, "samples per weight update; all of them where D is smaller", 1)
+    micro_batch: int = setting(0, "samples that go through the model at once; 0: the whole batch", 0)
+    epochs: int = setting(1, "passes over D at most ...", 1)
+    min_steps: int = setting(4000, "... but at least so many weight updates are allowed", 0)
+    eval_steps: int = setting(25, "updates between two measurements of the dev loss; 0: one epoch", 0)
+    patience: int = setting(16, "measurements without a new lowest dev loss before training ends", 1)
+    plateau_patience: int = setting(32, "the same while the dev loss is still on the plateau at ln 2", 1)
+    learning_rate: float = setting(0.002, "learning rate of AdamW, constant", 1e-12)
+    weight_decay: float = setting(0.01, "decoupled weight decay", 0)
+    clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
+    dev_samples: int = setting(2000, "samples for early stopping", 2)
+    test_samples: int = setting(20_000, "samples for the report", 2)
+    matmul_precision: str = setting("highest", "float32 products in training: highest, or medium for bfloat16 inside where the processor has it; losses are measured with highest",
+                                    choices=("highest", "high", "medium"))
+    device: str = setting("auto", "cpu, cuda, or auto for a GPU where there is one", choices=("auto", "cpu", "cuda"))
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.max_masked and self.model != "transformer":
+            raise ValueError(f"max_masked = {self.max_masked} with model = {self.model!r}: only the transformer has a symbol for a masked bit")
+        if self.max_masked >= self.context_length:
+            raise ValueError(f"max_masked = {self.max_masked}: expected less than context_length = {self.context_length}")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates in one pass over D."""
+        return -(-self.train_samples // self.batch)
+
+    @property
+    def steps(self) -> int:
+        """Updates at most."""
+        return max(self.min_steps, self.epochs * self.steps_per_epoch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSettings(SyntheticSettings):
+    """What defines a synthetic run whose middle features are measured afterwards."""
+
+    model: str = setting("two_input", "mlp, two_input or transformer", choices=("mlp", "two_input", "transformer"))
+    visible: list[int] = setting([], "visible lengths at which features are taken; empty: the l of the model (all that an MLP can do)", 1)
+    feature_samples: int = setting(8000, "test samples whose features are taken, at most test_samples", 2)
+    train_samples: int = setting(16_000, "unique training samples D", 1)
+    middle_width: int = setting(24, "size of the linear middle layer", 1)
+    test_samples: int = setting(8000, "samples for the report", 2)
+
+# %% ../../nbs/experiments/schema.ipynb #d95779e1
+@dataclass(frozen=True, kw_only=True)
+class CountSettings:
+    """What defines a run of count models; each field carries its range and one line of text (`about`)."""
+
+    corpus: str = setting("sotu", "text: sotu, openwebtext, or the path of a .txt folder, a .jsonl or a .parquet")
+    tokenizer: str = setting("bytes", "bytes, gpt2, bpe:V for a vocabulary of V trained on the training split, or a tokenizer folder")
+    text_column: str = setting("text", "column of the text in a .jsonl or .parquet")
+    percent: float = setting(100.0, "how much of openwebtext, percent of its documents", 0, 100)
+    start_from: float = setting(0.0, "where in openwebtext to start, percent of its documents", 0, 100)
+    min_tokens: int = setting(1, "documents of fewer tokens are left out", 1)
+    train_tokens: int = setting(20_000, "unique training tokens D", 2)
+    seed: int = setting(0, "of the subset", 0)
+    context_lengths: list[int] = setting([0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24], "visible tokens before the target, ascending", 0)
+    max_context: int = setting(128, "visible tokens before every evaluation target, the same for all runs to be compared", 1)
+    segment_tokens: int = setting(2048, "tokens in a piece of the training subset at most; 0 takes whole documents", 0)
+    test_targets: int = setting(128, "evaluation targets per document of the test split", 1)
+    targets_seed: int = setting(0, "of the evaluation targets; runs to be compared share it", 0)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        lengths = list(self.context_lengths)
+        if lengths != sorted(set(lengths)) or lengths[-1] > self.max_context:
+            raise ValueError(f"context_lengths = {lengths}: expected ascending numbers from 0 to max_context = {self.max_context}")
+
 # %% ../../nbs/experiments/schema.ipynb #08461c3e
 def column(about: str) -> Any:
     """Field of a result dataclass with its line of text.
@@ -322,7 +403,7 @@ class TrainResult:
     precision: str = column("arithmetic of training: float32 or bfloat16")
     precision_gain: float | None = column("speed of bfloat16 over float32 as measured before training; None where it was not measured")
     hardware_used: str = column("cpu, or the name of the GPU")
-    group_size: int = column("processes on all machines")
+    group_size: int = column("processes that shared each step")
 
 
 def about(record: type) -> pd.DataFrame:

@@ -5,30 +5,29 @@
 # %% ../../nbs/experiments/synthetic.ipynb #aca3f2fd
 from __future__ import annotations
 
-import hashlib
+import io
 import json
-import logging
 import math
-import os
-import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 
+from .loop import Checkpoint, Progress, choose_device, fit, out_of_patience
+from .schema import SyntheticSettings
+from ..models.xor import make_model, mask_beyond
+from ..paths import write_atomic
 from ..text.xor_strings import Samples, split
-from ..models.xor import MODELS, make_model, mask_beyond
 from ..text.xor_tasks import TaskSet, task_set
 
-log = logging.getLogger("ctxnb")
-
 # %% auto #0
-__all__ = ['log', 'PLATEAU', 'CHECKPOINT', 'MODEL', 'Evaluation', 'logits_of', 'evaluate', 'Settings', 'load_model', 'train',
-           'on_plateau']
+__all__ = ['PLATEAU', 'CHECKPOINT', 'MODEL', 'Evaluation', 'logits_of', 'evaluate', 'BitData', 'visible_bits', 'epoch_order',
+           'updater', 'on_plateau', 'patience_of', 'model_of', 'save_model', 'load_model', 'train', 'dev_measure',
+           'result_of']
 
 # %% ../../nbs/experiments/synthetic.ipynb #b1eb2815
 PLATEAU = 0.05  # a model that has closed less of the gap between ln 2 and the exact risk has not begun to learn
@@ -103,140 +102,33 @@ def evaluate(model: nn.Module, samples: Samples, tasks: TaskSet, context_length:
         float(loss.mean()), float(loss.std()) / root, float(divergence.mean()), float(divergence.std(ddof=1)) / root,
         float(((z > 0) == (label > 0)).double().mean()), np.divide(by_task, count, out=np.full(len(count), np.nan), where=count > 0))
 
-# %% ../../nbs/experiments/synthetic.ipynb #89c9f276
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What defines a run.
+# %% ../../nbs/experiments/synthetic.ipynb #f2db8ab1
+class BitData:
+    """Samples on a device, as a model takes them.
 
     Args:
-        context_length: l, bits that a model takes.
-        train_samples: D, unique training samples.
-        seed: of strings, tasks, initial weights and order: a seed redraws all.
-        tasks: name or file of the task set, see `task_set`.
-        model: "mlp", "two_input" or "transformer".
-        width: size of the wide layers, or of the residual stream.
-        middle_width: size of the linear middle layer (MLPs).
-        head_width: size of the last hidden layer (two-input MLP).
-        layers: blocks (transformer).
-        heads: attention heads (transformer).
-        masked_share: share of the training samples whose far bits are masked (transformer).
-        max_masked: most bits masked, uniform from 0 (transformer).
-        batch: samples per weight update; all of them where D is smaller.
-        micro_batch: samples that go through the model at once; 0 for the whole batch. Changes the speed, not the result.
-        epochs: passes over D at most.
-        min_steps: at least so many updates are allowed, however small D is.
-        eval_steps: updates between two measurements of the dev loss; 0 for one epoch.
-        patience: measurements without a new lowest dev loss after which training ends ...
-        plateau_patience: ... and the same while the lowest dev loss is still on the plateau at ln 2.
-        learning_rate: of AdamW, constant.
-        weight_decay: decoupled weight decay.
-        clip: largest norm of the gradient.
-        dev_samples: samples for early stopping.
-        test_samples: samples for the report.
-        matmul_precision: torch's float32 matmul precision in training: "highest", or "medium" for bfloat16 inside
-            products where the processor has it. Dev and test losses are computed with "highest".
-        device: "cpu", "cuda", or "auto" for a GPU where there is one.
+        samples: strings, tasks and labels.
+        s: settings of the run.
+        device: where to keep them.
     """
 
-    context_length: int
-    train_samples: int
-    seed: int
-    tasks: str = "xor-first"
-    model: str = "mlp"
-    width: int = 400
-    middle_width: int = 200
-    head_width: int = 200
-    layers: int = 3
-    heads: int = 8
-    masked_share: float = 0.5
-    max_masked: int = 0
-    batch: int = 10_000
-    micro_batch: int = 0
-    epochs: int = 200
-    min_steps: int = 0
-    eval_steps: int = 0
-    patience: int = 25
-    plateau_patience: int = 25
-    learning_rate: float = 1e-3
-    weight_decay: float = 8e-4
-    clip: float = 1.0
-    dev_samples: int = 20_000
-    test_samples: int = 20_000
-    matmul_precision: str = "highest"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Updates in one pass over D."""
-        return -(-self.train_samples // self.batch)
-
-    @property
-    def steps(self) -> int:
-        """Updates at most."""
-        return max(self.min_steps, self.epochs * self.steps_per_epoch)
-
-
-_AT_LEAST = {
-    "context_length": 1, "train_samples": 1, "seed": 0, "width": 1, "middle_width": 1, "head_width": 1, "layers": 1, "heads": 1,
-    "max_masked": 0, "batch": 1, "micro_batch": 0, "epochs": 1, "min_steps": 0, "eval_steps": 0, "patience": 1,
-    "plateau_patience": 1, "dev_samples": 2, "test_samples": 2,
-}  # fmt: skip
-_CHOICES = {"model": tuple(MODELS), "matmul_precision": ("highest", "high", "medium"), "device": ("auto", "cpu", "cuda")}
-
-
-def _check(s: Settings) -> None:
-    """Refuse settings that can't work, by name and value."""
-    for name, least in _AT_LEAST.items():
-        value = getattr(s, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} = {value!r}: expected a whole number of at least {least}")
-    for name in ("learning_rate", "clip", "weight_decay", "masked_share"):
-        value, zero = getattr(s, name), name in ("weight_decay", "masked_share")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 <= value if zero else 0 < value) or math.isinf(value):
-            raise ValueError(f"{name} = {value!r}: expected a {'number of at least 0' if zero else 'positive number'}")
-    if s.masked_share > 1:
-        raise ValueError(f"masked_share = {s.masked_share}: expected at most 1")
-    for name, known in _CHOICES.items():
-        if getattr(s, name) not in known:
-            raise ValueError(f"{name} = {getattr(s, name)!r}: expected one of {', '.join(known)}")
-    if s.max_masked and s.model != "transformer":
-        raise ValueError(f"max_masked = {s.max_masked} with model = {s.model!r}: only the transformer has a symbol for a masked bit")
-    if s.max_masked >= s.context_length:
-        raise ValueError(f"max_masked = {s.max_masked}: expected less than context_length = {s.context_length}")
-
-# %% ../../nbs/experiments/synthetic.ipynb #dd8e431b
-CHECKPOINT = "checkpoint.pt"
-MODEL = "model.pt"
-
-
-@dataclass
-class _Progress:
-    """Where a run stands, beside its weights and optimiser."""
-
-    step: int = 0
-    stopped: bool = False
-    best_loss: float = math.inf
-    best_step: int = 0
-    best_weights: dict = field(default_factory=dict)
-    history: list = field(default_factory=list)  # (step, train loss, dev loss)
-    train_seconds: float = 0.0
-    eval_seconds: float = 0.0
-
-
-class _Set:
-    """Samples on a device, as a model takes them."""
-
-    def __init__(self, samples: Samples, s: Settings, device: torch.device):
+    def __init__(self, samples: Samples, s: SyntheticSettings, device: torch.device) -> None:
         self.bits = samples.visible(s.context_length, device)
         self.task = torch.from_numpy(samples.task).to(device)
         self.label = torch.from_numpy(samples.label).to(device, torch.float32)
 
 
-def _masks(s: Settings, n: int, stream: int) -> torch.Tensor | None:
-    """Visible bits of each of n samples in an epoch, int64 [n]; None where nothing is masked."""
+def visible_bits(s: SyntheticSettings, n: int, stream: int) -> torch.Tensor | None:
+    """Visible bits of each of n samples, drawn from the seed and a stream number.
+
+    Args:
+        s: settings of the run.
+        n: number of samples.
+        stream: 0 for the dev samples, 1 + epoch for the training samples.
+
+    Returns:
+        int64 [n]; None where nothing is masked.
+    """
     if not s.max_masked:
         return None
     rng = np.random.default_rng([s.seed, stream])
@@ -244,56 +136,123 @@ def _masks(s: Settings, n: int, stream: int) -> torch.Tensor | None:
     return torch.from_numpy(s.context_length - hidden)
 
 
-def _seed_of(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def epoch_order(s: SyntheticSettings, epoch: int) -> torch.Tensor:
+    """Order in which an epoch goes through the training samples.
+
+    Args:
+        s: settings of the run.
+        epoch: number of the epoch, from 0.
+
+    Returns:
+        int64 [D], a permutation.
+    """
+    seed = int(np.random.SeedSequence((s.seed, 1, epoch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.randperm(s.train_samples, generator=torch.Generator().manual_seed(seed))
+
+# %% ../../nbs/experiments/synthetic.ipynb #1e2f2549
+def updater(
+    s: SyntheticSettings, data: BitData, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Callable[[int], torch.Tensor]:
+    """Function that does the weight update of a step.
+
+    Args:
+        s: settings of the run.
+        data: training samples.
+        model: a model of `MODELS`.
+        optimizer: of its weights.
+
+    Returns:
+        Step number (from 0) -> mean training loss before the update, nats, a scalar tensor.
+    """
+    epoch, order, visible = -1, None, None
+
+    def step_update(step: int) -> torch.Tensor:
+        nonlocal epoch, order, visible
+        if step // s.steps_per_epoch != epoch:
+            epoch = step // s.steps_per_epoch
+            order = epoch_order(s, epoch).to(data.label.device)
+            visible = visible_bits(s, s.train_samples, 1 + epoch)
+            visible = None if visible is None else visible.to(data.label.device)
+        rows = order[step % s.steps_per_epoch * s.batch :][: s.batch]
+        total = torch.zeros((), device=data.label.device)
+        for part in rows.split(s.micro_batch or s.batch):
+            bits = data.bits[part] if visible is None else mask_beyond(data.bits[part], visible[part])
+            loss = F.binary_cross_entropy_with_logits(model(bits, data.task[part].long()), data.label[part], reduction="sum") / len(rows)
+            loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return step_update
+
+# %% ../../nbs/experiments/synthetic.ipynb #4b37fc56
+def on_plateau(loss: float, risk: float) -> bool:
+    """Whether a loss is still at ln 2, next to what there is to learn.
+
+    Args:
+        loss: cross-entropy, nats.
+        risk: exact risk of the same samples' contexts, nats.
+
+    Returns:
+        True where less than `PLATEAU` of ln 2 - risk has been gained; False where there is nothing to learn.
+    """
+    return risk < math.log(2) and math.log(2) - loss < PLATEAU * (math.log(2) - risk)
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"device = 'cuda', but PyTorch {torch.__version__} sees no GPU: use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+def patience_of(s: SyntheticSettings, floor: float) -> Callable[[Progress], bool]:
+    """Rule for early stopping: patience, another one while on the plateau.
+
+    Args:
+        s: settings of the run.
+        floor: exact risk of the dev samples' contexts, nats.
+
+    Returns:
+        Function from progress to whether training ends; not at the last step, where it ends anyway.
+    """
+
+    def stop(progress: Progress) -> bool:
+        patience = s.plateau_patience if on_plateau(progress.best_loss, floor) else s.patience
+        return out_of_patience(progress, patience) and progress.step < s.steps
+
+    return stop
+
+# %% ../../nbs/experiments/synthetic.ipynb #3323baa0
+CHECKPOINT = "checkpoint.pt"
+MODEL = "model.pt"
 
 
-def _identity(s: Settings, digest: str, device: torch.device) -> dict:
-    """What must agree for a checkpoint to be continued."""
-    return asdict(s) | {"data": digest, "device": device.type, "torch": str(torch.__version__)}
+def model_of(s: SyntheticSettings, tasks: TaskSet) -> nn.Module:
+    """Untrained model of a run.
+
+    Args:
+        s: settings of the run.
+        tasks: its task set.
+
+    Returns:
+        A model of `MODELS` on the CPU, its weights drawn from the seed.
+    """
+    sizes = {"mlp": dict(width=s.width, middle_width=s.middle_width),
+             "two_input": dict(width=s.width, middle_width=s.middle_width, head_width=s.head_width),
+             "transformer": dict(width=s.width, layers=s.layers, heads=s.heads)}[s.model]  # fmt: skip
+    return make_model(s.model, s.context_length, len(tasks.pairs), s.seed, **sizes)
 
 
-def _write(path: Path, content: dict) -> None:
-    """Save whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def save_model(folder: Path, s: SyntheticSettings, model: nn.Module) -> None:
+    """Write a trained model whole or not at all.
+
+    Args:
+        folder: of the run.
+        s: its settings.
+        model: to be saved.
+    """
+    content = io.BytesIO()
+    torch.save({"settings": json.dumps(asdict(s)), "model": model.state_dict()}, content)
+    write_atomic(folder / MODEL, content.getvalue())
 
 
-def _continue(folder: Path, identity: dict, model: nn.Module, optimizer) -> _Progress:
-    """Go on from the folder's checkpoint, or start where there is none."""
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return _Progress()
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    theirs = json.loads(saved["identity"])
-    if theirs != identity:
-        keys = [k for k in {**theirs, **identity} if theirs.get(k) != identity.get(k)]
-        differences = ", ".join(f"{k} = {theirs.get(k)!r} there, {identity.get(k)!r} here" for k in keys)
-        raise ValueError(f"checkpoint {path} is of another run ({differences}): use another folder or remove it")
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    log.info("continuing %s from step %d", folder.name, saved["progress"]["step"])
-    return _Progress(**saved["progress"])
-
-
-def _sizes(s: Settings) -> dict[str, int]:
-    """What the model's class takes."""
-    return {"mlp": dict(width=s.width, middle_width=s.middle_width),
-            "two_input": dict(width=s.width, middle_width=s.middle_width, head_width=s.head_width),
-            "transformer": dict(width=s.width, layers=s.layers, heads=s.heads)}[s.model]
-
-
-def load_model(folder: Path | str) -> tuple[nn.Module, Settings]:
+def load_model(folder: Path | str) -> tuple[nn.Module, SyntheticSettings]:
     """The trained model of a run's folder.
 
     Args:
@@ -309,19 +268,101 @@ def load_model(folder: Path | str) -> tuple[nn.Module, Settings]:
     if not path.is_file():
         raise FileNotFoundError(f"no {MODEL} in {folder}: the run is not finished")
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    s = Settings(**json.loads(saved["settings"]))
-    model = make_model(s.model, s.context_length, len(task_set(s.tasks).pairs), s.seed, **_sizes(s))
+    s = SyntheticSettings(**json.loads(saved["settings"]))
+    model = model_of(s, task_set(s.tasks))
     model.load_state_dict(saved["model"])
     return model, s
 
-# %% ../../nbs/experiments/synthetic.ipynb #950a64ae
+# %% ../../nbs/experiments/synthetic.ipynb #b40c4e0d
 def train(*, folder: Path | str, checkpoint_seconds: float = 30.0, **settings) -> dict:
-    """Train one model and measure it; a killed run goes on from its last checkpoint when called again.
+    """Train one model and measure it; a killed run resumes from its last checkpoint when called again.
 
     Args:
         folder: where the checkpoint and then the trained model go; made if it is not there.
         checkpoint_seconds: shortest time between two checkpoints, seconds.
-        **settings: fields of `Settings`; `context_length`, `train_samples` and `seed` are required.
+        **settings: fields of `SyntheticSettings`.
+
+    Returns:
+        Flat dictionary, see `result_of`.
+
+    Raises:
+        ValueError: a setting can't work, there are fewer strings than samples, the folder holds another run's checkpoint.
+        RuntimeError: a GPU is asked for and there is none.
+        TrainingDiverged: the training loss is not finite.
+    """
+    s = SyntheticSettings(**settings)
+    device, tasks, folder = choose_device(s.device), task_set(s.tasks), Path(folder)
+    tasks.bayes_risk(s.context_length)  # refuses more bits than the strings have
+    samples = split(tasks, s.train_samples, s.dev_samples, s.test_samples, s.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = model_of(s, tasks).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay, fused=True)
+    checkpoint = Checkpoint(folder / CHECKPOINT, asdict(s) | {"data": tasks.digest, "device": device.type, "torch": str(torch.__version__)})
+    progress = Progress()
+    if state := checkpoint.load():
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        progress = Progress(**state["progress"])
+
+    def save() -> None:
+        if progress.step in points and checkpoint.due(checkpoint_seconds):
+            checkpoint.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": vars(progress)})
+
+    points = {*range(0, s.steps, s.eval_steps or s.steps_per_epoch), s.steps}
+    dev_loss, floor = dev_measure(s, samples.dev, tasks, model, device)
+    torch.set_float32_matmul_precision(s.matmul_precision)
+    fit(progress, updater(s, BitData(samples.train, s, device), model, optimizer), s.steps, points=points, measure=dev_loss,
+        weights=model.state_dict, stop=patience_of(s, floor), save=save, label=f"l={s.context_length} D={s.train_samples:,}")
+    torch.set_float32_matmul_precision("highest")
+    model.load_state_dict(progress.best_weights)
+    final = evaluate(model, samples.test, tasks, s.context_length)
+    save_model(folder, s, model)
+    checkpoint.remove()
+    return result_of(s, tasks, model, progress, final, floor, device)
+
+
+def dev_measure(
+    s: SyntheticSettings, samples: Samples, tasks: TaskSet, model: nn.Module, device: torch.device
+) -> tuple[Callable[[], float], float]:
+    """Function that measures the dev loss, and the lowest value that it can have.
+
+    Args:
+        s: settings of the run.
+        samples: dev samples.
+        tasks: task set.
+        model: the model, measured as it is when the function is called.
+        device: where it computes.
+
+    Returns:
+        (function to nats per label, exact risk of the dev samples' contexts in nats).
+    """
+    dev, visible = BitData(samples, s, device), visible_bits(s, s.dev_samples, 0)
+    floor = float(tasks.bayes_risk(s.context_length if visible is None else visible.numpy()).mean())
+    if visible is not None:
+        dev.bits = mask_beyond(dev.bits, visible.to(device))
+
+    def dev_loss() -> float:
+        torch.set_float32_matmul_precision("highest")
+        loss = F.binary_cross_entropy_with_logits(logits_of(model, dev.bits, dev.task), dev.label).item()
+        torch.set_float32_matmul_precision(s.matmul_precision)
+        return loss
+
+    return dev_loss, floor
+
+# %% ../../nbs/experiments/synthetic.ipynb #d0e2e7c8
+def result_of(
+    s: SyntheticSettings, tasks: TaskSet, model: nn.Module, progress: Progress, final: Evaluation, floor: float, device: torch.device
+) -> dict:
+    """What a run records.
+
+    Args:
+        s: settings of the run.
+        tasks: its task set.
+        model: the trained model.
+        progress: of its training.
+        final: losses on the test samples.
+        floor: exact risk of the dev samples' contexts, nats.
+        device: where it was computed.
 
     Returns:
         Flat dictionary. Nats per label: `loss` (test), `loss_se` (over samples), `bayes_risk` (exact, of the language),
@@ -329,122 +370,7 @@ def train(*, folder: Path | str, checkpoint_seconds: float = 30.0, **settings) -
         no test sample is about it); `accuracy`, `bayes_accuracy`, `solvable_tasks`; `learned` (has left the plateau at ln 2);
         `steps`, `best_step`, `epochs` (done), `stopped_early`, `history_step`, `history_train_loss`, `history_dev_loss`;
         `samples_per_s`, `train_seconds`, `eval_seconds`, `parameters`, `device`.
-
-    Raises:
-        ValueError: a setting can't work, there are fewer strings than samples, the folder holds another run's checkpoint.
-        RuntimeError: a GPU is asked for and there is none.
-        FloatingPointError: the training loss is not finite.
     """
-    s = Settings(**settings)
-    device, tasks = _device(s.device), task_set(s.tasks)
-    tasks.bayes_risk(s.context_length)  # refuses more bits than the strings have
-    samples = split(tasks, s.train_samples, s.dev_samples, s.test_samples, s.seed)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    model = make_model(s.model, s.context_length, len(tasks.pairs), s.seed, **_sizes(s)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay, fused=True)
-    identity = _identity(s, tasks.digest, device)
-    progress = _continue(folder, identity, model, optimizer)
-
-    dev, visible = _Set(samples.dev, s, device), _masks(s, s.dev_samples, 0)
-    floor = float(tasks.bayes_risk(s.context_length if visible is None else visible.numpy()).mean())
-    if visible is not None:
-        dev.bits = mask_beyond(dev.bits, visible.to(device))
-
-    def measure_dev() -> float:
-        return F.binary_cross_entropy_with_logits(logits_of(model, dev.bits, dev.task), dev.label).item()
-
-    def save() -> None:
-        _write(folder / CHECKPOINT, {"identity": json.dumps(identity), "model": model.state_dict(),
-                                     "optimizer": optimizer.state_dict(), "progress": vars(progress)})
-
-    _fit(s, _Set(samples.train, s, device), model, optimizer, progress, measure_dev, floor, save, checkpoint_seconds)
-    model.load_state_dict(progress.best_weights)
-    final = evaluate(model, samples.test, tasks, s.context_length)
-    _write(folder / MODEL, {"settings": json.dumps(asdict(s)), "model": model.state_dict()})
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    return _result(s, tasks, model, progress, final, floor, device)
-
-
-def on_plateau(loss: float, risk: float) -> bool:
-    """Whether a loss is still at ln 2, next to what there is to learn.
-
-    Args:
-        loss: cross-entropy, nats.
-        risk: exact risk of the same samples' contexts, nats.
-
-    Returns:
-        True where less than `PLATEAU` of ln 2 - risk has been gained; False where there is nothing to learn.
-    """
-    return risk < math.log(2) and math.log(2) - loss < PLATEAU * (math.log(2) - risk)
-
-
-def _fit(s: Settings, data: _Set, model, optimizer, progress, measure_dev, floor, save, checkpoint_seconds) -> None:
-    """Train from `progress.step` until the schedule ends or patience runs out, keeping the best weights."""
-    device, per_epoch = data.label.device, s.steps_per_epoch
-    every, micro = s.eval_steps or per_epoch, s.micro_batch or s.batch
-    precision = torch.get_float32_matmul_precision()
-    saved_at, epoch = time.monotonic(), -1
-    losses, since = torch.zeros((), device=device), progress.step
-    bar = tqdm(total=s.steps, initial=progress.step, unit="step", desc=f"l={s.context_length} D={s.train_samples:,}")
-    torch.set_float32_matmul_precision(s.matmul_precision)
-    started = time.perf_counter()
-    while progress.step < s.steps and not progress.stopped:
-        if progress.step // per_epoch != epoch:
-            epoch = progress.step // per_epoch
-            order = torch.randperm(s.train_samples, generator=torch.Generator().manual_seed(_seed_of(s.seed, 1, epoch))).to(device)
-            visible = _masks(s, s.train_samples, 1 + epoch)
-            visible = None if visible is None else visible.to(device)
-        rows = order[progress.step % per_epoch * s.batch :][: s.batch]
-        for part in rows.split(micro):
-            bits = data.bits[part] if visible is None else mask_beyond(data.bits[part], visible[part])
-            loss = F.binary_cross_entropy_with_logits(model(bits, data.task[part].long()), data.label[part], reduction="sum") / len(rows)
-            loss.backward()
-            losses += loss.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.step += 1
-        bar.update()
-        if progress.step % every and progress.step < s.steps:
-            continue
-        train_loss = losses.item() / (progress.step - since)
-        if not math.isfinite(train_loss):
-            raise FloatingPointError(f"training loss is {train_loss} before step {progress.step:,}: "
-                                     f"learning_rate = {s.learning_rate} is too high")
-        progress.train_seconds += time.perf_counter() - started
-        started = time.perf_counter()
-        torch.set_float32_matmul_precision("highest")
-        dev_loss = measure_dev()
-        torch.set_float32_matmul_precision(s.matmul_precision)
-        progress.eval_seconds += time.perf_counter() - started
-        started = time.perf_counter()
-        since = progress.step
-        losses.zero_()
-        _note(progress, s, train_loss, dev_loss, floor, model)
-        if time.monotonic() - saved_at >= checkpoint_seconds:
-            save()
-            saved_at = time.monotonic()
-    torch.set_float32_matmul_precision(precision)
-    bar.close()
-
-
-def _note(progress: _Progress, s: Settings, train_loss: float, dev_loss: float, floor: float, model: nn.Module) -> None:
-    """Enter a measurement: history, best weights, patience."""
-    progress.history.append([progress.step, train_loss, dev_loss])
-    if dev_loss < progress.best_loss:
-        progress.best_loss, progress.best_step = dev_loss, progress.step
-        progress.best_weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
-    worse = sum(step > progress.best_step for step, _, _ in progress.history[-max(s.patience, s.plateau_patience):])
-    patience = s.plateau_patience if on_plateau(progress.best_loss, floor) else s.patience
-    progress.stopped = worse >= patience and progress.step < s.steps
-    if progress.stopped or len(progress.history) % 10 == 0:
-        log.info("l=%d D=%d seed=%d step %d/%d: train %.4f, dev %.4f%s", s.context_length, s.train_samples, s.seed, progress.step,
-                 s.steps, train_loss, dev_loss, ", stopping" if progress.stopped else "")
-
-
-def _result(s: Settings, tasks: TaskSet, model, progress: _Progress, final: Evaluation, floor: float, device: torch.device) -> dict:
-    """The flat dictionary that `train` returns."""
     step, train_loss, dev_loss = (list(column) for column in zip(*progress.history))
     seen = progress.step * s.train_samples / s.steps_per_epoch
     return {

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from .group import from_first, in_group, mean, rank, size
+from .group import all_mean, in_group, on_rank0, rank, world_size
 from .loop import Checkpoint, MicroBatch, Progress, TrainingDiverged, choose_device, copy_state, fit
 from .losses import Evaluation, autocast, evaluate, next_token_losses, shorter_contexts
 from .schedule import branch_start, learning_rate_at, survivors
@@ -40,7 +40,7 @@ log = logging.getLogger("ctxnb")
 # %% auto #0
 __all__ = ['log', 'CHECKPOINT', 'MODEL', 'Text', 'read_text', 'step_windows', 'visible_context', 'usable_share', 'adamw',
            'BlockLoss', 'update', 'ResidualDropout', 'bfloat16_gain', 'Search', 'Job', 'run_leg', 'run_trial', 'search',
-           'measure', 'describe', 'peak_memory_mb', 'save_model', 'compile_blocks', 'train']
+           'measure', 'describe', 'peak_memory_mb', 'save_model', 'compile_blocks', 'processes_of', 'train']
 
 # %% ../../nbs/experiments/train.ipynb #1004f483
 class Text(NamedTuple):
@@ -209,7 +209,7 @@ def update(
     """
     total = torch.zeros((), device=ids.device)
     for i, part in enumerate(ids.chunk(parts)):
-        with loss_of.no_sync() if size() > 1 and i < parts - 1 else nullcontext():
+        with loss_of.no_sync() if world_size() > 1 and i < parts - 1 else nullcontext():
             with autocast(ids.device, bf16):
                 loss = loss_of(part) / parts
             loss.backward()
@@ -320,14 +320,14 @@ class Job:
     def __post_init__(self) -> None:
         self.dropout = ResidualDropout(self.model)
         loss_of = BlockLoss(self.model, self.s, self.text.store.eod if self.s.windows == "masked" else None)
-        if size() > 1:
+        if world_size() > 1:
             loss_of = DistributedDataParallel(loss_of, forward_sync_buffers=False, gradient_as_bucket_view=True)
         self.loss_of, self.micro = loss_of, MicroBatch(self.s.micro_tokens)
         self.start = copy_state(self.model.state_dict())
 
     def windows(self, step: int) -> torch.Tensor:
         """This process's share of a step's windows, on the device."""
-        ids = torch.from_numpy(step_windows(self.s, self.text, step)).chunk(size())[rank()]
+        ids = torch.from_numpy(step_windows(self.s, self.text, step)).chunk(world_size())[rank()]
         return ids.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else ids
 
     def evaluate(self, targets: Targets, context: int, **how) -> Evaluation:
@@ -336,7 +336,7 @@ class Job:
 
     def dev_loss(self) -> float:
         """Dev loss after l visible tokens, computed by the first process for all."""
-        return from_first(lambda: self.evaluate(self.text.dev, self.s.context_length, bf16=self.device.type == "cuda").loss)
+        return on_rank0(lambda: self.evaluate(self.text.dev, self.s.context_length, bf16=self.device.type == "cuda").loss)
 
 # %% ../../nbs/experiments/train.ipynb #408b5ceb
 def run_leg(job: Job, candidate: int, first: int, until: int, anneal: bool) -> float:
@@ -377,7 +377,7 @@ def run_leg(job: Job, candidate: int, first: int, until: int, anneal: bool) -> f
             job.dropout.seed(s.seed, 4, step, rank())
             return update(job.loss_of, optimizer, ids, micro_batches(len(ids), ids.shape[1] - 1, tokens), s.clip, found.bf16)
 
-        loss = job.micro.fit(attempt) if size() == 1 else attempt(s.micro_tokens)  # the others of a group would wait for its gradients
+        loss = job.micro.fit(attempt) if world_size() == 1 else attempt(s.micro_tokens)  # the others of a group would wait for its gradients
         if average:
             torch._foreach_lerp_(average, [w.detach() for w in trained], 1 - s.average)
         return loss
@@ -391,7 +391,7 @@ def run_leg(job: Job, candidate: int, first: int, until: int, anneal: bool) -> f
     limit = math.log(job.text.store.vocab_size) + 1
     name = f"l={s.context_length} D={s.train_tokens:,} candidate {candidate} {'branch' if anneal else 'trunk'} to step {until:,}"
     job.model.train()
-    train_loss = fit(progress, step_update, until, save=save, mean_over=mean, limit=limit, label=name, quiet=rank() > 0)
+    train_loss = fit(progress, step_update, until, save=save, mean_over=all_mean, limit=limit, label=name, quiet=rank() > 0)
     for weight, averaged in zip(trained, average or []):
         weight.data.copy_(averaged)
     found.leg = {}
@@ -425,8 +425,7 @@ def run_trial(job: Job, candidate: int, steps: int) -> None:
     found.trials.append({"candidate": candidate, "steps": steps, "dev_loss": dev_loss, "train_loss": train_loss})
     if dev_loss < found.best_loss:
         found.best_loss, found.best_weights = dev_loss, copy_state(job.model.state_dict())
-    log.info("l=%d D=%d seed=%d candidate %d, %d steps: train %.4f, dev %.4f",
-             job.s.context_length, job.s.train_tokens, job.s.seed, candidate, steps, train_loss, dev_loss)  # fmt: skip
+    log.info("trial %d: candidate %d, %d steps: train %.4f, dev %.4f", len(found.trials), candidate, steps, train_loss, dev_loss)
 
 
 def search(job: Job) -> None:
@@ -533,7 +532,7 @@ def describe(job: Job) -> dict:
         "precision": "bfloat16" if found.bf16 else "float32",
         "precision_gain": found.gain,
         "hardware_used": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
-        "group_size": size(),
+        "group_size": world_size(),
     }
 
 
@@ -579,7 +578,7 @@ def compile_blocks(model: PreTrainedModel) -> None:
         block.compile()
 
 # %% ../../nbs/experiments/train.ipynb #33bd6c05
-_NOT_THE_RESULT = ("device", "processes", "nodes", "rendezvous")  # where it is computed
+_NOT_THE_RESULT = ("device", "processes")  # where it is computed
 
 
 def _open_job(s: TrainSettings, folder: Path, text: Text, checkpoint_seconds: float) -> Job:
@@ -601,9 +600,33 @@ def _choose_precision(job: Job) -> None:
     if found.bf16 is None and s.precision == "auto" and job.device.type == "cpu":
         ids = job.windows(0)
         parts = micro_batches(len(ids), ids.shape[1] - 1, s.micro_tokens)
-        found.gain = from_first(lambda: bfloat16_gain(job.model, s, ids, parts))
+        found.gain = on_rank0(lambda: bfloat16_gain(job.model, s, ids, parts))
     if found.bf16 is None:
         found.bf16 = {"float32": False, "bfloat16": True}.get(s.precision, found.gain is None or found.gain > 1.1)
+
+
+def processes_of(s: TrainSettings, device: torch.device) -> int:
+    """Number of processes of a run.
+
+    Args:
+        s: settings; `processes = 0` asks for one for each GPU that the run sees, which a grid's `gpus` sets.
+        device: where it computes.
+
+    Returns:
+        A number of at least 1.
+
+    Raises:
+        ValueError: when the windows of a step can't be shared equally.
+        RuntimeError: when there are fewer GPUs than processes.
+    """
+    processes = s.processes or (torch.cuda.device_count() if device.type == "cuda" else 1)
+    if device.type == "cuda" and processes > torch.cuda.device_count():
+        raise RuntimeError(f"processes = {processes}: one needs a GPU each, and this machine shows {torch.cuda.device_count()}")
+    for length in s.block_lengths:
+        if s.step_windows(length) % processes:
+            raise ValueError(f"processes = {processes} can't share equally the {s.step_windows(length)} windows of a step "
+                             f"of {length}-token blocks: expected a divisor")
+    return processes
 
 # %% ../../nbs/experiments/train.ipynb #b82b604c
 def _train(
@@ -632,7 +655,7 @@ def _train(
         job.checkpoint.remove()
         return TrainResult(**losses, **describe(job))
 
-    return from_first(report)
+    return on_rank0(report)
 
 
 def train(
@@ -662,9 +685,10 @@ def train(
     """
     s = TrainSettings(**settings)
     device = choose_device(s.device)
+    processes = processes_of(s, device)
     text = read_text(s, store)
     arguments = dict(s=s, folder=Path(folder), compile=compile, checkpoint_seconds=checkpoint_seconds)
-    if s.processes * s.nodes == 1:
+    if processes == 1:
         return _train(text=text, **arguments)
     # a new process opens the store from its file, which exists by now
-    return in_group(_train, s.processes, s.nodes, s.rendezvous, device.type, store=store, **arguments)
+    return in_group(_train, processes, device.type, store=store, **arguments)
