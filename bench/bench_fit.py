@@ -14,10 +14,21 @@ import click
 import numpy as np
 from scipy.optimize import curve_fit
 
-from ctxnb.stats.fitting import LAWS, SHORTLIST, fit_curves, fit_law, resample_means
-from ctxnb.theory.recovery import LENGTHS, simulate_documents
+from ctxnb.stats.bootstrap import resample_means
+from ctxnb.stats.fitting import fit_law
+from ctxnb.stats.laws import LAWS
+from ctxnb.stats.solver import SHORTLIST, fit_curves
+
+LENGTHS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 RESAMPLES = 1000
+
+
+def simulate_documents(documents: int, seed: int) -> np.ndarray:
+    """[U, 12] losses of made-up documents: a power law, a level for each document, independent scatter."""
+    rng = np.random.default_rng(seed)
+    mean = LAWS["power"].evaluate(np.array([1.9, 5.8, 0.53]), np.array(LENGTHS, float))
+    return mean + 0.4 * rng.normal(size=(documents, 1)) + 0.15 * rng.normal(size=(documents, len(mean)))
 
 
 def power(l: np.ndarray, floor: float, gain: float, gamma: float) -> np.ndarray:

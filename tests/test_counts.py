@@ -17,7 +17,8 @@ from bench_counts import plain  # noqa: E402
 from ctxnb.text.tokens import token_store  # noqa: E402
 from ctxnb.experiments.counts import MODELS, by_context, discounts, measure_counts, predict  # noqa: E402
 from ctxnb.text.windows import draw_targets, subset  # noqa: E402
-from ctxnb.reports.train import curves, headline, read_runs  # noqa: E402
+from ctxnb.reports.tables import headline, read_table  # noqa: E402
+from ctxnb.stats.curves import measured_curves  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +119,8 @@ def test_the_report_on_trained_models_takes_it(store):
         for size in (4_000, 20_000) for seed in (0, 1)
     ]
     for model in MODELS:
-        found = curves(by_context(pd.DataFrame(runs), model), resamples=200)
-        assert [curve.train_tokens for curve in found] == [4_000, 20_000]
+        found = measured_curves(by_context(pd.DataFrame(runs), model), resamples=200)
+        assert [curve.size for curve in found] == [4_000, 20_000]
         assert "2 seeds and 26 test documents" in headline(found)
         means = np.mean([run[f"{model}_loss"] for run in runs if run["train_tokens"] == 20_000], axis=0)
         np.testing.assert_allclose(found[1].loss, means)
@@ -127,8 +128,8 @@ def test_the_report_on_trained_models_takes_it(store):
 
 def test_a_count_table_is_no_table_of_training_runs(tmp_path):
     pd.DataFrame([{"run": "a", "train_tokens": 2, "seed": 0}]).to_parquet(tmp_path / "counts.parquet")
-    with pytest.raises(ValueError, match="expected a table of training runs"):
-        read_runs(tmp_path / "counts.parquet")
+    with pytest.raises(ValueError, match="expected a table of kind 'train'"):
+        read_table(tmp_path / "counts.parquet")
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 2], [2, 2], [-1, 2], [0, 129]])

@@ -6,7 +6,7 @@
 __all__ = ['DOCUMENTS', 'DOCUMENT_TOKENS', 'FIRST_LETTER', 'Language', 'languages', 'find_language', 'language_path',
            'write_language', 'language_store', 'bayes_losses']
 
-# %% ../../nbs/experiments/languages.ipynb #d31a7254
+# %% ../../nbs/experiments/languages.ipynb #e7bcb7a2
 import functools
 import io
 import re
@@ -23,7 +23,7 @@ from ..stats.hierarchy import Hierarchy, hierarchy_surprisal, random_hierarchy, 
 from ..stats.sources import HiddenMarkovSource, MarkovSource, clock_source, copy_source, sample_arfima_signs
 from ..text.tokens import TokenStore, token_store
 
-# %% ../../nbs/experiments/languages.ipynb #ed762310
+# %% ../../nbs/experiments/languages.ipynb #652caa50
 @dataclass(frozen=True)
 class Language:
     """A source, with what is known about it.
@@ -56,8 +56,8 @@ def _hierarchy(name: str, symbols: int, productions: int, seed: int) -> Language
     return Language(name, symbols, functools.partial(sample_hierarchy, source), functools.partial(hierarchy_surprisal, source), beta, gamma, None, about)
 
 
-def _source(name: str, source: MarkovSource | HiddenMarkovSource, memory: int | None, about: str) -> Language:
-    return Language(name, source.n_tokens, source.sample, source.surprisal, None, None, memory, about)
+def _source(name: str, source: MarkovSource | HiddenMarkovSource, beta: float | None, memory: int | None, about: str) -> Language:
+    return Language(name, source.n_tokens, source.sample, source.surprisal, beta, None, memory, about)
 
 
 def _arfima(name: str, d: float) -> Language:
@@ -66,7 +66,7 @@ def _arfima(name: str, d: float) -> Language:
 
     return Language(name, 2, sample, None, 1 - 2 * d, None, None, f"signs of ARFIMA(0, {d}, 0) noise")
 
-# %% ../../nbs/experiments/languages.ipynb #966446a3
+# %% ../../nbs/experiments/languages.ipynb #f0beddd5
 @functools.cache
 def languages() -> dict[str, Language]:
     """All languages by name.
@@ -78,8 +78,8 @@ def languages() -> dict[str, Language]:
     collection = [
         _hierarchy("hierarchy-slow", 16, 2, seed=2),
         _hierarchy("hierarchy-fast", 8, 4, seed=6),
-        _source("clocks", clocks, None, "six hidden switches that flip at rates 1/4 to 1/4096"),
-        _source("copy", copy_source(12), 12, "a copy of one of the last 12 tokens, or a coin"),
+        _source("clocks", clocks, 0.5, None, "six hidden switches that flip at rates 1/4 to 1/4096"),
+        _source("copy", copy_source(12), None, 12, "a copy of one of the last 12 tokens, or a coin"),
         _arfima("arfima-4", 0.3),
         _arfima("arfima-8", 0.1),
     ]
@@ -102,7 +102,7 @@ def find_language(name: str) -> Language:
         raise ValueError(f"unknown language {name!r}: expected {', '.join(languages())}")
     return languages()[name]
 
-# %% ../../nbs/experiments/languages.ipynb #5caadada
+# %% ../../nbs/experiments/languages.ipynb #e7095e52
 DOCUMENTS, DOCUMENT_TOKENS = 1536, 8192
 FIRST_LETTER = ord("a")  # token 0
 
@@ -169,7 +169,7 @@ def language_store(corpus: str | Path, tokenizer: str = "bytes", min_tokens: int
                 write_language(name, path)
     return token_store(path, tokenizer, min_tokens=min_tokens, build=build)
 
-# %% ../../nbs/experiments/languages.ipynb #aa79dede
+# %% ../../nbs/experiments/languages.ipynb #29bf19b7
 def bayes_losses(name: str, windows: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
     """Exact loss of the Bayes model on targets of a language's token store, at several context lengths.
 

@@ -668,7 +668,7 @@ def measure(
 
 def _loss_summary(targets: pd.DataFrame, measured: Measurement, store: TokenStore, split: str) -> dict:
     """Mean loss with its uncertainty over documents, and the losses it is the mean of."""
-    from ctxnb.stats.fitting import percentile_interval, resample_means
+    from ctxnb.stats.bootstrap import percentile_interval, resample_means
 
     documents, index = np.unique(targets.document, return_inverse=True)
     count = np.bincount(index)

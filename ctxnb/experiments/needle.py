@@ -18,7 +18,7 @@ from .measure import MeasuredText, measured_text
 from ..models.pretrained import check_context, check_device, load_model, read_config
 from ..text.tokenizers import Tokenizer, load_tokenizer
 from ..text.tokens import TokenStore
-from ..stats.fitting import percentile_interval, resample_means
+from ..stats.bootstrap import percentile_interval, resample_means
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,7 +24,8 @@ from matplotlib.colors import TwoSlopeNorm, to_hex
 from matplotlib.figure import Figure
 
 from ..figures import context_colours
-from ..stats.fitting import Fit, percentile_interval, resample_means
+from ..stats.bootstrap import percentile_interval, resample_means
+from ..stats.fitting import Fit
 from ..stats.spectrum import PUBLISHED_THRESHOLDS, dimension_by_threshold, log_eigenvalue_sum
 
 # %% ../../nbs/reports/measure.ipynb #8508a311
@@ -72,14 +73,14 @@ class Losses:
         context_length: int array [L], rising, visible tokens.
         targets: float array [n, L], loss of each target at each length, nats.
         document: int array [n], the document of each target.
-        replicates: float array [B, L], mean loss of resampled documents, nats.
+        draws: float array [B, L], mean loss of resampled documents, nats.
     """
 
     name: str
     context_length: np.ndarray
     targets: np.ndarray
     document: np.ndarray
-    replicates: np.ndarray
+    draws: np.ndarray
 
     @property
     def mean(self) -> np.ndarray:
@@ -105,7 +106,7 @@ class Losses:
         Returns:
             Low and high ends, [L] each, nats.
         """
-        low, high = percentile_interval(self.replicates, level)
+        low, high = percentile_interval(self.draws, level)
         return low, high
 
     def restricted(self, least: int) -> "Losses":
@@ -118,7 +119,7 @@ class Losses:
             Losses at the lengths from `least` on.
         """
         keep = self.context_length >= least
-        return Losses(self.name, self.context_length[keep], self.targets[:, keep], self.document, self.replicates[:, keep])
+        return Losses(self.name, self.context_length[keep], self.targets[:, keep], self.document, self.draws[:, keep])
 
     def at(self, context_length: int) -> np.ndarray:
         """Losses of all targets at one length.
@@ -360,7 +361,7 @@ def loss_against(losses: Losses, table: pd.DataFrame, least: int = 4) -> pd.Data
         defined = np.isfinite(x)
         if defined.sum() < least or np.ptp(x[defined]) == 0:
             continue
-        curves = np.vstack([losses.mean, losses.replicates])[:, defined]
+        curves = np.vstack([losses.mean, losses.draws])[:, defined]
         r, slope, residual = _lines(x[defined], curves)
         against = np.min([_lines(table[rival].to_numpy()[defined], curves)[2] for rival in RIVALS if rival != name], axis=0)
         (r_low, r_high), (s_low, s_high) = (percentile_interval(values[1:], 0.95) for values in (r, slope))

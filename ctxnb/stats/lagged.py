@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from scipy import sparse
 
-from .fitting import percentile_interval
+from .bootstrap import percentile_interval
 
 # %% ../../nbs/stats/lagged.ipynb #3c25d215
 def split_halves(lengths: np.ndarray, seed: int = 0) -> np.ndarray:

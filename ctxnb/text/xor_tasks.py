@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,10 +16,29 @@ import numpy as np
 import pandas as pd
 
 from ..paths import data_dir, write_atomic
-from ..theory.bayes_risk import read_published, xor_risk
+from ..published import read_published
 
 # %% auto #0
-__all__ = ['MAX_BITS', 'TaskSet', 'read_tasks', 'write_tasks', 'task_set', 'equal_tasks', 'power_tasks']
+__all__ = ['MAX_BITS', 'xor_risk', 'TaskSet', 'read_tasks', 'write_tasks', 'task_set', 'equal_tasks', 'power_tasks']
+
+# %% ../../nbs/text/xor_tasks.ipynb #7133133b
+def xor_risk(farther_bits: Sequence[int] | np.ndarray, l: np.ndarray, frequencies: np.ndarray | None = None) -> np.ndarray:
+    """Exact Bayes risk of a mixture of XOR tasks.
+
+    Args:
+        farther_bits: [T] distance of each task's farther bit from the label, bits.
+        l: [n] context lengths, bits.
+        frequencies: [T] frequencies of the tasks, any positive scale; equal when not given.
+
+    Returns:
+        [n], nats.
+
+    Source: arXiv 2502.01481, equation of the synthetic risk.
+    """
+    bits = np.asarray(farther_bits)
+    share = np.ones(len(bits)) if frequencies is None else np.asarray(frequencies, float)
+    beyond = bits[None] > np.asarray(l)[:, None]
+    return np.log(2) * (beyond * share).sum(axis=1) / share.sum()
 
 # %% ../../nbs/text/xor_tasks.ipynb #95cb96ed
 MAX_BITS = 126  # a string is kept in two halves of at most 63 bits
