@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ctxnb.batch.grid import read_grid
+from ctxnb.experiments.losses import evaluate
 from ctxnb.experiments.measure import draw_target_table, measure, measure_windows, measured_text, read_target_table, target_windows
 from ctxnb.experiments.needle import ask
-from ctxnb.experiments.losses import evaluate
 from ctxnb.experiments.train import train
 from ctxnb.models import pretrained as models
 from ctxnb.models.pretrained import bos_of, find_model, load_model, longest_context, read_config

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from ctxnb.batch.grid import read_grid
 from ctxnb.batch.runs import runs_of
 from ctxnb.cli import main
-from ctxnb.text import prose
 from ctxnb.experiments.schema import TrainSettings
+from ctxnb.text import prose
 
 ROOT = Path(__file__).parents[1]
 BUILT = prose.prose_path()
