@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ctxnb.batch.grid import read_grid
+from ctxnb.experiments.losses import evaluate
 from ctxnb.experiments.measure import measure, measured_text
 from ctxnb.experiments.measure_pass import measure_windows
 from ctxnb.experiments.measure_targets import draw_target_table, read_target_table, target_windows
 from ctxnb.experiments.needle import ask
-from ctxnb.experiments.losses import evaluate
 from ctxnb.experiments.train import train
 from ctxnb.models import pretrained
 from ctxnb.models import source as models
-from ctxnb.models.source import find_model
 from ctxnb.models.pretrained import bos_of, load_model, longest_context, read_config
+from ctxnb.models.source import find_model
 from ctxnb.text.tokens import token_store
 from ctxnb.text.windows import draw_targets
 
