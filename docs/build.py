@@ -119,7 +119,7 @@ def for_readers(nb: nbformat.NotebookNode, folded: bool = False) -> nbformat.Not
     module = next((f"ctxnb.{found[1]}" for cell in nb.cells if (found := re.search(r"^#\| *default_exp +(\S+)", cell.source, re.MULTILINE))), "")
     cells = [part for cell in nb.cells for part in (code_cells(cell, module, folded) if cell.cell_type == "code" else [cell])]
     nb.cells = [cell for cell in cells if cell.source.strip() or cell.get("outputs")]
-    nb.metadata = nbformat.from_dict({"kernelspec": nb.metadata.get("kernelspec", {})})
+    nb.metadata = nbformat.from_dict({"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})  # for the highlighting of code
     return nb
 
 
