@@ -17,12 +17,16 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ctxnb.batch.grid import read_grid
-from ctxnb.experiments.measure import draw_target_table, measure, measure_windows, measured_text, read_target_table, target_windows
-from ctxnb.experiments.needle import ask
 from ctxnb.experiments.losses import evaluate
+from ctxnb.experiments.measure import measure, measured_text
+from ctxnb.experiments.measure_pass import measure_windows
+from ctxnb.experiments.measure_targets import draw_target_table, read_target_table, target_windows
+from ctxnb.experiments.needle import ask
 from ctxnb.experiments.train import train
-from ctxnb.models import pretrained as models
-from ctxnb.models.pretrained import bos_of, find_model, load_model, longest_context, read_config
+from ctxnb.models import pretrained
+from ctxnb.models import source as models
+from ctxnb.models.pretrained import bos_of, load_model, longest_context, read_config
+from ctxnb.models.source import find_model
 from ctxnb.text.tokens import token_store
 from ctxnb.text.windows import draw_targets
 
@@ -133,11 +137,11 @@ def test_the_packaged_model(tmp_path):
     assert find_model("smollm2", build=False) == text.source
     wrong = read_config(text.source)
     with pytest.raises(ValueError, match="exceeds the 8,192 positions"):
-        models.check_context(wrong, 8193)
+        pretrained.check_context(wrong, 8193)
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "_cached", lambda source: False)
+    monkeypatch.setattr(pretrained, "cached_commit", lambda *_: "")
 
     class Session:
         def head(self, *address, **more):
@@ -166,6 +170,48 @@ def test_a_package_that_is_not_the_one_we_know(monkeypatch, tmp_path):
     monkeypatch.setattr(models.subprocess, "run", lambda command, **more: subprocess.CompletedProcess(command, 1, "", "no network"))
     with pytest.raises(ConnectionError, match="no network"):
         find_model("smollm2")
+
+
+@pytest.mark.parametrize("family", ["bert", "bart", "t5"])
+def test_models_that_are_no_causal_ones_are_refused_when_planned(family, store, tmp_path):
+    """Also a classifier of a causal kind, and a checkpoint that does not fit its configuration."""
+    from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    sizes = {"bert": dict(SIZES, intermediate_size=64), "bart": dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+             decoder_attention_heads=2, vocab_size=257), "t5": dict(d_model=16, d_kv=8, num_layers=1, num_heads=2, vocab_size=257)}[family]
+    kind = AutoModelForMaskedLM if family == "bert" else AutoModelForSeq2SeqLM
+    kind.from_config(CONFIG_MAPPING[family](**sizes)).save_pretrained(tmp_path / family)
+    with pytest.raises(ValueError, match=f"model {family} is (a BertForMaskedLM|an encoder-decoder)") as refused:
+        measured_text(str(tmp_path / family), tokenizer="bytes", build=False)
+    assert len(str(refused.value)) < 200
+
+
+def test_weights_that_do_not_fit_are_refused_when_planned(toy, store, tmp_path):
+    import shutil
+
+    shutil.copytree(toy, tmp_path / "deeper")
+    file = tmp_path / "deeper" / "config.json"
+    config = json.loads(file.read_text())
+    config["num_hidden_layers"] *= 2
+    config.pop("layer_types", None)
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the weights of model deeper do not fit its config.json: [0-9]+ are missing, such as model.layers.2"):
+        measured_text(str(tmp_path / "deeper"), tokenizer="bytes", build=False)
+
+
+def test_an_edit_of_one_matrix_is_another_model(toy, store, tmp_path):
+    import shutil
+
+    shutil.copytree(toy, tmp_path / "edited")
+    before = measured_text(str(tmp_path / "edited"), tokenizer="bytes").digest
+    assert before == measured_text(str(toy), tokenizer="bytes").digest  # a copy is the same model
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.o_proj.weight"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
+        model.get_parameter(name).data.zero_()
+        model.save_pretrained(tmp_path / "edited")
+        after = measured_text(str(tmp_path / "edited"), tokenizer="bytes").digest
+        assert after != before
+        before = after
 
 
 # --- targets ------------------------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .measure import ALL, draw_target_table, measure_windows, measured_text, target_windows
+from .measure import measured_text
+from .measure_pass import measure_windows
+from .measure_targets import draw_target_table, target_windows
 from ..models.pretrained import bos_of, check_context, check_device, load_model, read_config
-from ..text.tokens import TokenStore
+from ..text.store import ALL, TokenStore
 
 if TYPE_CHECKING:
     import torch

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .measure import ALL, measured_text
+from .measure import measured_text
 from ..models.pretrained import bos_of, check_context, check_device, load_model, read_config
 from ..text.retrieval import Question, Task, distance_strata, retrieval_task
 from ..text.ruler import common_words, frequent_words, variable_tracking
 from ..text.tokenizers import Tokenizer, load_tokenizer
-from ..text.tokens import TokenStore
+from ..text.store import ALL, TokenStore
 
 if TYPE_CHECKING:
     import torch
