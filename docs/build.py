@@ -46,7 +46,7 @@ SECTIONS: list[tuple[str, str, str]] = [
     ("Text", "text", "corpus prose tokens windows packing xor_tasks xor_strings"),
     ("Models", "models", "gpt pretrained xor"),
     ("Experiments", "experiments", "train group counts synthetic synthetic_features measure needle languages horizon"),
-    ("Reports", "reports", "train synthetic measure"),
+    ("Reports", "reports", "tables train synthetic measure"),
     ("Batch", "batch", "cluster grid privacy record code engine execute machine jobs launch slurm results pack live"),
     ("About", "about", "claims log cite contribute start"),
     ("Run templates", "runs", ""),
