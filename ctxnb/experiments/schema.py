@@ -138,7 +138,7 @@ class TrainSettings:
         return lengths
 
     def check(self, store: TokenStore) -> list[str]:
-        """Check the settings against the text they name, see `check_text`."""
+        """Check the settings against the text they name, which a plan calls; see `check_text`."""
         return check_text(self, store)
 
     def block_targets(self, length: int) -> int:
