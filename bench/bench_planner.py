@@ -20,7 +20,7 @@ from ctxnb.theory.planner import Refusal, advise_from, fit_pilots
 
 LENGTHS, SIZES, SEEDS = (4, 8, 16, 32, 64, 128), (1e5, 3e5, 1e6, 3e6, 1e7), 3
 FACTORS = (1, 3, 10)
-GRID = np.geomspace(4, 4 * 128, 400)  # where the truth is looked for: as far as the planner may answer
+GRID = np.geomspace(4, 1e4 * 128, 1500)  # where the truth is looked for: as far as the planner looks
 HELD_OUT_SEED, HELD_OUT = 31_415, 10
 Loss = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -144,22 +144,26 @@ def pilots_of(world: World, seed: int) -> pd.DataFrame:
     return table[world.keep(table)] if world.keep else table
 
 
-def judge(world: World, pilots, tokens: float) -> dict:
-    """Regret and verdict of one answer."""
+def verdict(world: World, tokens: float, pick: float, low: float, high: float) -> dict:
+    """Score of an answer. Without an upper end the pick is the longest *measured* length, and is compared with those measured."""
     truth = world.loss(GRID, np.full(len(GRID), tokens))
-    least, best = truth.min(), float(GRID[truth.argmin()])
+    near = GRID[truth <= truth.min() + 0.001]
+    covers = bool(((near >= low / 1.02) & (near <= high * 1.02)).any())
+    allowed = GRID <= max(world.lengths) if np.isinf(high) else np.full(len(GRID), True)
+    regret = float(world.loss(np.array([pick]), np.array([tokens]))[0] - truth[allowed].min())
+    return {"verdict": "right" if covers else "harmless" if regret <= 0.01 else "confidently wrong", "best": float(GRID[truth.argmin()]), "regret": regret}
+
+
+def judge(world: World, pilots, tokens: float) -> dict:
+    """Answer to one target, with its score."""
     if isinstance(pilots, Refusal):
-        return {"verdict": "refused", "best": best, "why": str(pilots)}
+        return {"verdict": "refused", "why": str(pilots)}
     try:
         advice = advise_from(pilots, tokens)
     except Refusal as refusal:
-        return {"verdict": "refused", "best": best, "why": str(refusal)}
-    pick = float(world.loss(np.array([float(advice.context_length)]), np.array([tokens]))[0] - least)
-    low, high = advice.interval[0], advice.interval[1] or np.inf
-    near = GRID[truth <= least + 0.001]
-    covers = bool(((near >= low / 1.02) & (near <= high * 1.02)).any()) or (high == np.inf and best >= 0.98 * low)
-    verdict = "right" if covers else "harmless" if pick <= 0.01 else "confidently wrong"
-    return {"verdict": verdict, "best": best, "pick": advice.context_length, "low": low, "high": high, "regret": pick, "law": advice.form}
+        return {"verdict": "refused", "why": str(refusal)}
+    low, high, pick = advice.interval[0], advice.interval[1] or np.inf, float(advice.context_length)
+    return verdict(world, tokens, pick, low, high) | {"pick": pick, "low": low, "high": high, "law": advice.form}
 
 
 def run(worlds: dict[str, World], tables: int, first_seed: int = 0) -> pd.DataFrame:
@@ -189,13 +193,16 @@ def summary(rows: pd.DataFrame) -> dict:
 @click.option("--tables", type=click.IntRange(min=1), default=1, show_default=True, help="Tables of each world.")
 @click.option("--only", default="", help="Worlds whose name contains this.")
 @click.option("--first-seed", type=int, default=0, show_default=True)
+@click.option("--record", type=click.Path(), help="Also write the rows to this Parquet file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(tables: int, only: str, first_seed: int, as_json: bool) -> None:
+def main(tables: int, only: str, first_seed: int, record: str | None, as_json: bool) -> None:
     """Score the planner on known and on drawn worlds."""
     parts = {"known": {n: w for n, w in WORLDS.items() if only in n}, "drawn": {n: w for n, w in drawn_worlds().items() if only in n}}
     found = {part: run(worlds, tables, first_seed) for part, worlds in parts.items() if worlds}
     scores = {part: summary(rows) for part, rows in found.items()}
-    rows = pd.concat(found.values(), ignore_index=True)
+    rows = pd.concat([part.assign(part=name) for name, part in found.items()], ignore_index=True)
+    if record:
+        rows.to_parquet(record, index=False)
     if as_json:
         click.echo(json.dumps({"scores": scores, "rows": json.loads(rows.to_json(orient="records"))}))
         return
