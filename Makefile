@@ -66,7 +66,7 @@ gpu-bundle: .venv/.ready  ## gather in gpu-bundle/ what `bash bench/gpu_pass.sh 
 # The same steps on this CPU at tiny sizes, in at most 3 minutes of an idle machine with two cores.
 gpu-rehearsal: .venv/.ready
 	$(BIN)/python bench/gpu_bundle.py gpu-bundle-rehearsal --no-wheels --no-data
-	PYTHON=$(BIN)/python bash bench/gpu_pass.sh gpu-bundle-rehearsal gpu-out-rehearsal 300 --rehearse
+	PYTHON=$(BIN)/python bash bench/gpu_pass.sh gpu-bundle-rehearsal gpu-out-rehearsal 420 --rehearse
 	@rm -rf gpu-bundle-rehearsal gpu-out-rehearsal
 
 # What a pass brought back (its OUT folder): its runs go to this machine's, so that a later bundle has them, and into the committed table.

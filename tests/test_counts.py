@@ -14,11 +14,11 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 from bench_counts import plain  # noqa: E402
 
-from ctxnb.text.tokens import token_store  # noqa: E402
 from ctxnb.experiments.counts import MODELS, by_context, discounts, measure_counts, predict  # noqa: E402
-from ctxnb.text.windows import draw_targets, subset  # noqa: E402
 from ctxnb.reports.tables import headline, read_table  # noqa: E402
 from ctxnb.stats.curves import measured_curves  # noqa: E402
+from ctxnb.text.tokens import token_store  # noqa: E402
+from ctxnb.text.windows import draw_targets, subset  # noqa: E402
 
 
 @pytest.fixture(scope="module")

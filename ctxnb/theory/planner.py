@@ -231,7 +231,7 @@ def hold_out_largest(table: pd.DataFrame, forms: Sequence[str] | None = None, re
     sizes = np.sort(runs.train_tokens.unique())
     if len(sizes) < MIN_SIZES + 1:
         raise Refusal(f"{len(sizes)} data sizes; holding out one needs at least {MIN_SIZES + 1}")
-    rest, held = runs[runs.train_tokens < sizes[-1]], runs[runs.train_tokens == sizes[-1]]
+    rest = runs[runs.train_tokens < sizes[-1]]
     fits, weights = _fit_laws(rest, forms)
     best = fit_joint(rest, max(weights, key=weights.get), resamples=resamples, seed=seed)
     cells = cells_of(runs)
