@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .loop import MicroBatch
 from .measure_pass import Measurement, measure_windows, passage_losses
 from .measure_targets import draw_target_table, position_sample, read_target_table, recurrence, target_windows
 from .representation import representation
@@ -325,7 +326,8 @@ def _measured(s: MeasureSettings, text: MeasuredText, loaded: PreTrainedModel, t
         torch.cuda.reset_peak_memory_stats()
     inside = position_sample(s.context_length, s.positions if s.context_length == s.max_context else 0)
     windows = target_windows(text.store, targets, s.context_length)
-    measured = measure_windows(loaded, windows, s.layers, bos, s.batch_tokens, inside, keep_features=s.estimators or s.keep_features)
+    keep = s.estimators or s.keep_features
+    measured = MicroBatch(s.batch_tokens).fit(lambda tokens: measure_windows(loaded, windows, s.layers, bos, tokens, inside, keep_features=keep))
     log.info("%s l=%d: %.4f nats, %d targets in %.0f s", text.source.name, s.context_length, measured.loss.mean(), len(targets), measured.seconds)
     result = _loss_summary(targets, measured, text.store, s.split) | {
         "targets": len(targets),
