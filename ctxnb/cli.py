@@ -155,6 +155,11 @@ def _where(plan: Plan) -> str:
     return f"runs in {plan.runs}; relative paths start at {plan.grid.base}"
 
 
+def _warn(plan: Plan) -> None:
+    for warning in plan.warnings[:20]:
+        click.echo(f"  note: {warning}", err=True)
+
+
 def _time(minutes: float) -> str:
     return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.1f} min"
 
@@ -192,9 +197,10 @@ def plan(grid: Path, only: dict, changes: dict, runs_dir: Path | None) -> None:
             click.echo(f"  {state.state:<12}{state.run.label}  ({state.reason})")
     if other := sum(state.state == "done" and "other code" in state.reason for state in planned.states):
         click.echo(f"  {other} done runs were made by other code than today's; `ctxnb verify TABLE` repeats some")
+    _warn(planned)
     click.echo(f"to do: {len(todo)} runs, about {_time(planned.minutes(len(todo), workers))} on {workers} workers")
 
-
+# %% ../nbs/cli.ipynb #26f0c05a
 @main.command()
 @_grid
 @click.option("-w", "--watch", is_flag=True, help="Show it again every few seconds, until nothing is queued or running.")
@@ -245,6 +251,7 @@ def run(grid: Path, backend: str, workers: int | None, only: dict, changes: dict
     Finished runs are skipped; a killed one resumes from its checkpoint; a failed one is left alone unless you say --retry-failed.
     """
     planned = _plan(grid, runs_dir, only, build=True, resources=resources, changes=changes)
+    _warn(planned)
     if backend == "slurm":
         return _run_on_slurm(planned, retry_failed, engine)
     todo = planned.to_do(retry_failed)
@@ -299,7 +306,7 @@ def one(grid: Path, run: str, engine: str, runs_dir: Path | None) -> None:
     click.echo(f"{after.states[0].state} {wanted.id}  {wanted.label}")
     sys.exit(_ending(after))
 
-
+# %% ../nbs/cli.ipynb #a0ed1940
 @main.command()
 @_grid
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="MINUTES",
@@ -324,7 +331,7 @@ def wait(grid: Path, timeout: float | None, only: dict, changes: dict, runs_dir:
         time.sleep(min(10.0, 1 + (time.monotonic() - began) / 20))  # prompt for short grids, sparing for long ones
         planned = _again(planned)
 
-
+# %% ../nbs/cli.ipynb #f7bfc076
 @main.command()
 @_grid
 @_only
@@ -490,7 +497,7 @@ def results(grid: Path, format: str | None, output: Path | None, only: dict, cha
             raise GridError(f"-o {output}: {error.strerror}") from error
     sys.exit(3 if empty else 0)
 
-
+# %% ../nbs/cli.ipynb #e48a11cc
 def _with_join(table, other: Path, on: str, planned: Plan):
     """The table with the columns of another grid's or file's beside it; says how many rows found a partner."""
     import pandas as pd
@@ -540,7 +547,7 @@ def verify(table: Path, number: int, seed: int, grid: Path | None, record: bool,
     if record:
         click.echo(f"noted in {note_verification(verification, table.parent)}", err=True)
 
-# %% ../nbs/cli.ipynb #96b6abbd
+# %% ../nbs/cli.ipynb #ede4a9e5
 @main.command()
 @click.argument("results", type=click.Path(path_type=Path))
 @click.option("--clamped", type=click.IntRange(min=1), metavar="L",
@@ -566,7 +573,7 @@ def best(results: Path, clamped: int | None, tolerance: float) -> None:
     except (FileNotFoundError, ValueError) as error:
         raise click.UsageError(str(error)) from error
 
-# %% ../nbs/cli.ipynb #90794a34
+# %% ../nbs/cli.ipynb #7ea6d408
 @main.command()
 @click.argument("results", type=click.Path(path_type=Path))
 @click.option("--train-tokens", type=float, required=True, help="Unique training tokens of the planned run, e.g. 2e8.")

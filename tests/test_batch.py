@@ -163,7 +163,7 @@ def test_other_code_is_information_and_another_recipe_makes_results_stale(projec
     assert "2 done" in (out := project("status")) and out.count("made by other code, 0123456789ab") == 2
     project.template(WORK.replace("0.01", "0.02"), recipe=2)
     assert "2 stale" in (out := project("status")) and out.count("made with recipe 1; today's is 2") == 2
-    assert "made with recipe 1; today's is 2" in project("results")
+    assert "made with recipe 1; today's is 2" in project("results", expect=3)
     project("run")
     assert project.table().loss.tolist() == [8 ** -0.5, 8 ** -0.5 + 0.02] and project.table().recipe.tolist() == [2, 2]
 
@@ -183,7 +183,7 @@ def test_only_some_of_the_grid(project):
 
 def test_results_formats(project):
     project.axes(seed=[0, 1])
-    assert "0 rows" in project("results", "-o", str(project.folder / "t.csv"))
+    assert "0 rows" in project("results", "-o", str(project.folder / "t.csv"), expect=3)
     project("run")
     assert project("results").split()[:3] == ["run", "seed", "loss"]
     assert project("results", "--format", "csv").startswith("run,seed,loss,")

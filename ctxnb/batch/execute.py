@@ -194,8 +194,9 @@ def _check_done(folder: Path, run: Run, runs: Path) -> None:
     # papermill notes absolute paths, and outputs may hold some; a result that is shared should not tell who made it where
     names = {"<run>": folder, "<runs>": runs, "<project>": project_root(run.template.path), "<base>": run.base}
     notebook.metadata.papermill |= {"input_path": "", "output_path": NOTEBOOK}
-    notebook.metadata.papermill = without_names(notebook.metadata.papermill, names)
-    notebook.cells = without_names(notebook.cells, names)
+    values = run.parameters.values()
+    notebook.metadata.papermill = without_names(notebook.metadata.papermill, names, values)
+    notebook.cells = without_names(notebook.cells, names, values)
     write_atomic(folder / NOTEBOOK, nbformat.writes(notebook))
     _check_own(folder, run)
 

@@ -111,7 +111,7 @@ def leaves(
     else:
         yield value
 
-
+# %% ../../nbs/batch/resources.ipynb #bda8ede4
 def read_toml(
     path: Path,
 ) -> dict[str, Any]:

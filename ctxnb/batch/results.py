@@ -42,8 +42,9 @@ def results_table(
         machine's folders and names. A run's record of a parameter is in `actual_<name>`: `device` was asked for,
         `actual_device` was used.
     """
-    rows = [_row(state) for state in plan.states if state.state == "done"]
-    return pd.DataFrame(without_names(rows, {"<runs>": plan.runs, "<base>": plan.grid.base}))
+    done = [state for state in plan.states if state.state == "done"]
+    texts = {value for state in done for value in state.run.parameters.values() if isinstance(value, str)}
+    return pd.DataFrame(without_names([_row(state) for state in done], {"<runs>": plan.runs, "<base>": plan.grid.base}, texts))
 
 
 def _row(state: RunState) -> dict[str, Any]:
@@ -300,7 +301,7 @@ def as_text(
     return scalars[first + [n for n in dict.fromkeys(usual) if n in scalars and n not in first]].to_string(
         index=False, float_format=lambda v: f"{v:.4g}") + "\n"
 
-
+# %% ../../nbs/batch/results.ipynb #1c3c6482
 def write_table(
     table: pd.DataFrame,
     file: Path | str,

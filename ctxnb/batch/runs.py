@@ -20,7 +20,7 @@ from .template import GridError, Template, digest, load, unknown
 # %% ../../nbs/batch/runs.ipynb #a03b811d
 UNPREPARED = "unprepared"
 
-
+# %% ../../nbs/batch/runs.ipynb #cad9dd01
 @dataclass
 class DataSource:
     """The `data` entry of a grid, asked at most once for each set of arguments.

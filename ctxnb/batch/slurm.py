@@ -195,7 +195,7 @@ def _submit_locked(planned: Plan, retry_failed: bool, engine: str) -> dict[str, 
         note_jobs(dict(zip(ids, (work.runs for work in part))), planned.runs, planned.grid.path)
     return jobs
 
-
+# %% ../../nbs/batch/slurm.ipynb #67c48e7e
 def _submit_array(planned: Plan, works: list[Work]) -> list[str]:
     import submitit  # not for `ctxnb status`
     from submitit.core.utils import FailedJobError, FailedSubmissionError

@@ -60,7 +60,7 @@ def partial_path(run_id: str, runs: Path) -> Path:
     """
     return runs / f"{run_id}.partial"
 
-
+# %% ../../nbs/batch/states.ipynb #03097489
 def read_status(folder: Path) -> dict[str, Any]:
     """The status file of a run's folder.
 
@@ -240,7 +240,7 @@ def _state(run: Run, code: str, runs: Path) -> RunState:
         return RunState(run, "failed", str(status.get("exception", "")), folder, status)
     return RunState(run, "interrupted", str(status.get("exception") or "its process was killed"), folder, status)
 
-
+# %% ../../nbs/batch/states.ipynb #98114127
 def _damage(folder: Path, status: dict[str, Any]) -> str:
     """What is wrong with the files of a finished run; empty where they are whole."""
     whole = all(key in status for key in _NEEDED) and isinstance(status["packages"], dict) and (

@@ -162,7 +162,7 @@ class Verification:
         return (f"{len(self.runs)} of {self.of} runs repeated on {self.date} with code {self.code}: largest difference in the loss "
                 f"{self.loss:.2g} nats{other}")
 
-
+# %% ../../nbs/batch/verify.ipynb #553c65b6
 def verify(
     table: Path,
     runs: Path,
