@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ctxnb.text.tokens import token_store
-from ctxnb.text.windows import Windows, draw_targets, micro_batches, subset, target_weights
-from ctxnb.models.gpt import gpt, gpt_config
 from ctxnb.experiments.loop import TrainingDiverged
 from ctxnb.experiments.losses import evaluate, next_token_losses
 from ctxnb.experiments.schema import CountSettings, FeatureSettings, SyntheticSettings, TrainSettings, check_text
 from ctxnb.experiments.train import CHECKPOINT, MODEL, train
+from ctxnb.models.gpt import gpt, gpt_config
+from ctxnb.text.tokens import token_store
+from ctxnb.text.windows import Windows, draw_targets, micro_batches, subset, target_weights
 
 CONTEXTS = [4, 8, 16, 32, 64, 128]
 TINY = dict(
