@@ -16,6 +16,7 @@ import nbformat
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+
 from ctxnb.cli import EXIT_CODES, main
 
 COMMAND = [str(Path(sys.executable).with_name("ctxnb"))]

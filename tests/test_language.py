@@ -14,12 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxnb.text import corpus, hub
+from ctxnb.text import corpus, hub, tokenizers, tokens
 from ctxnb.text import store as stores
-from ctxnb.text import tokenizers, tokens
 from ctxnb.text.corpus import open_corpus
-from ctxnb.text.tokenizers import load_tokenizer
 from ctxnb.text.store import KnownStore, open_store
+from ctxnb.text.tokenizers import load_tokenizer
 from ctxnb.text.tokens import token_store
 
 PROJECT = Path(__file__).resolve().parents[1]
