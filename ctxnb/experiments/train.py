@@ -452,7 +452,7 @@ def search(job: Job) -> None:
                         f"train_tokens = {s.train_tokens:,}, seed = {s.seed})"
                     ) from None
         losses = {c: found.losses(c)[:done] for c in alive if c not in found.diverged}
-        alive = survivors(losses, len(s.candidates), len(s.budgets)) if losses else []
+        alive = survivors(losses, len(s.candidates), len(s.budgets), s.finalists) if losses else []
         found.trunks = {c: trunk for c, trunk in found.trunks.items() if c in alive}
         if not alive:
             break
