@@ -10,13 +10,12 @@ import time
 
 import numpy as np
 
-from ctxnb.paths import data_dir
 from ctxnb.stats.lagged import fit_decay, lag_norms
-from ctxnb.text.prose import prose_store
+from ctxnb.text.tokens import token_store
 
 
 def main(most: int = 12_000_000, count: int = 64) -> None:
-    store = prose_store(str(data_dir() / "corpora" / "prose.parquet"))
+    store = token_store("prose", "gpt2")
     documents = int(np.searchsorted(np.asarray(store.offsets), most, side="right")) - 1
     tokens, lengths = np.asarray(store.tokens[: store.offsets[documents]]), np.asarray(store.lengths[:documents])
     lags = np.unique(np.geomspace(1, 1024, 2 * count).astype(int))[-count:]

@@ -63,7 +63,7 @@ def plain(model, windows: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarra
 
 def ours(model, windows: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """The same numbers by the library."""
-    from ctxnb.experiments.measure import measure_windows
+    from ctxnb.experiments.measure_pass import measure_windows
 
     measured = measure_windows(model, windows, batch_tokens=batch * (windows.shape[1] - 1), keep_features=False)
     return measured.loss, measured.eigenvalues[0]

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# bash bench/gpu_pass.sh BUNDLE OUT [SECONDS] [--rehearse]
+# bash bench/gpu_pass.sh BUNDLE OUT [SECONDS] [--rehearse] [--only=correctness|speed|science]
 #
 # Everything that this project does on CUDA, proven, timed and begun, in SECONDS (570) on one GPU without a network. BUNDLE is the folder that
 # `make gpu-bundle` made; results go into OUT as they come: report.md says what happened, report.json holds its figures. --rehearse does the same
 # on a CPU with tiny sizes. The steps are in bench/gpu_pass.py; here an environment is made for them: the machine's packages, and behind them the bundle's.
 set -euo pipefail
 began=$(date +%s)
-rehearse=
+options=()
 words=()
-for word in "$@"; do if [ "$word" = --rehearse ]; then rehearse=--rehearse; else words+=("$word"); fi; done
+for word in "$@"; do case "$word" in --*) options+=("$word") ;; *) words+=("$word") ;; esac; done
 bundle=$(realpath "${words[0]:?BUNDLE is missing}")
 mkdir -p "${words[1]:?OUT is missing}"
 out=$(realpath "${words[1]}")
@@ -36,4 +36,4 @@ if [ -f "$bundle/data.tar.xz" ]; then tar -xJf "$bundle/data.tar.xz" -C "$work";
 export CTXNB_DATA=$work/data CTXNB_RUNS=$work/runs TORCHINDUCTOR_CACHE_DIR=$work/inductor TQDM_DISABLE=1 PYTHONUNBUFFERED=1
 mkdir -p "$CTXNB_DATA" "$CTXNB_RUNS"
 cd "$project"
-"$work/venv/bin/python" bench/gpu_pass.py "$out" "$work" --seconds "$seconds" --began "$began" $rehearse
+"$work/venv/bin/python" bench/gpu_pass.py "$out" "$work" --seconds "$seconds" --began "$began" "${options[@]}"

@@ -141,8 +141,8 @@ def _artist(ax: Axes, artist, names: dict[str, str]) -> Iterator[dict]:
             elif artist.get_transform() == ax.get_yaxis_transform():
                 yield series | {"kind": "horizontal line", "y": y[0]}
             else:
-                for x, y in _thin(np.atleast_1d(x), np.atleast_1d(y)):
-                    yield series | {"kind": "line" if artist.get_linestyle() != "None" else "points", "x": x, "y": y}
+                for across, up in _thin(np.atleast_1d(x), np.atleast_1d(y)):
+                    yield series | {"kind": "line" if artist.get_linestyle() != "None" else "points", "x": across, "y": up}
         case FillBetweenPolyCollection():
             for path in artist.get_paths():
                 corner = path.vertices

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -26,6 +27,7 @@ version = release = settings["DEFAULT"]["version"]
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx.ext.mathjax",
@@ -52,6 +54,8 @@ default_role = "literal"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # attributes in the class's text: no second description of the same name
 autodoc_member_order = "bysource"
+autosummary_ignore_module_all = False  # a module's page holds what it exports
+templates_path = [str(ROOT / "docs" / "_templates")]
 autodoc_preserve_defaults = True  # a default that is a folder stays an expression, not this machine's path
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -82,10 +86,6 @@ html_theme_options = {
     "navbar_persistent": [],  # the search field stands in the sidebar
 }
 
-# name -> (page, anchor) of what the modules export; set by docs/build.py
-exported_names: dict[str, tuple[str, str]] = {}
-
-
 class ReStructuredText(SphinxDirective):
     """reST in a notebook, for autodoc.
 
@@ -109,18 +109,27 @@ class LinkExportedNames(SphinxPostTransform):
     default_priority = 900
 
     def run(self, **kwargs) -> None:
+        known = described_names(self.env)
         for literal in list(self.document.findall(nodes.literal)):
             text = literal.astext()
             name = text.removesuffix("()")
             # `loss` or `plan` is mostly a word, `bayes_risk`, `FitResult` or `plan()` is a name
-            if name not in self.config.exported_names or not (name != text or re.search("[_A-Z.]", name)):
+            if name not in known or not (name != text or re.search("[_A-Z.]", name)):
                 continue
             if any(isinstance(p, (nodes.reference, nodes.title)) for p in _ancestors(literal)):
                 continue
-            page, anchor = self.config.exported_names[name]
+            page, anchor = known[name]
             if page != self.env.docname:
                 link = make_refnode(self.app.builder, self.env.docname, page, anchor, literal.deepcopy())
                 literal.replace_self(link)
+
+
+def described_names(env) -> dict[str, tuple[str, str]]:
+    """Name of a function or class, in full and short where it is the only one -> page and anchor of its description."""
+    entries = {name: entry for name, entry in env.domaindata["py"]["objects"].items() if entry.objtype in ("function", "class", "exception")}
+    short = Counter(name.rpartition(".")[2] for name in entries)
+    return {alias: (entry.docname, entry.node_id) for name, entry in entries.items() for alias in (name, name.rpartition(".")[2])
+            if alias == name or short[alias] == 1}
 
 
 def _ancestors(node: nodes.Node):
@@ -130,7 +139,7 @@ def _ancestors(node: nodes.Node):
 
 
 def escape_markup(app, what, name, obj, options, lines: list[str]) -> None:
-    """Docstrings are plain text with `code` and $formulas$: what else reST takes for markup is escaped."""
+    """Docstrings are plain text with `code` and $formulas$: what else reST takes for markup is escaped; a module's names its notebook."""
     for i, line in enumerate(lines):
         # as a field: napoleon would take what stands before a colon for the type, which the signature has
         if line.strip() in ("Returns:", "Yields:") and i + 1 < len(lines):
@@ -151,6 +160,9 @@ def escape_markup(app, what, name, obj, options, lines: list[str]) -> None:
                 part = f":math:`{part[1:-1]}`"
             parts[j] = part
         lines[i] = "".join(parts)
+    if what == "module":
+        notebook = re.search(r"File to edit: (?:\.\./)+nbs/(.+)\.ipynb", Path(obj.__file__).read_text(encoding="utf-8"))
+        lines += ["", f"Shown and tested in :doc:`/{notebook[1]}`.", ""] if notebook else []
 
 
 def source_links_to_reference(app, env) -> None:
@@ -171,7 +183,6 @@ def setup(app) -> None:
     app.connect("env-updated", source_links_to_reference)
     app.connect("html-page-context", add_planner)
     app.set_html_assets_policy("always")  # a title with a formula stands in every page's sidebar
-    app.add_config_value("exported_names", {}, "", [dict])
     app.add_directive("rst", ReStructuredText)
     app.add_post_transform(LinkExportedNames)
     app.connect("autodoc-process-docstring", escape_markup, priority=100)  # before napoleon

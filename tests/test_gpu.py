@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ctxnb.experiments.losses import next_token_losses
 from ctxnb.experiments.train import train
 from ctxnb.text.tokens import token_store
 
@@ -86,6 +87,7 @@ SCRIPT = """
 import json, sys
 from dataclasses import asdict
 from pathlib import Path
+from ctxnb.experiments.losses import next_token_losses
 from ctxnb.experiments.train import train
 from ctxnb.text.tokens import open_store
 store, folder, settings = sys.argv[1:]
@@ -124,6 +126,34 @@ def test_two_runs_at_once_on_one_gpu(store, tmp_path):
     alone = trained(store, tmp_path / "alone", DEVICE)
     for process in both:
         assert losses(result_of(process)) == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("CUDA error: out of memory")])
+def test_full_memory_halves_the_micro_batch(store, tmp_path, monkeypatch, error):
+    """Both wordings, in training and in measuring; the losses are those of a run with room."""
+    plain, largest = next_token_losses, []
+
+    def with_little_room(model, ids, **more):
+        if ids[:, 1:].numel() > 100:
+            raise error
+        largest.append(ids[:, 1:].numel())
+        return plain(model, ids, **more)
+
+    room = trained(store, tmp_path / "room", DEVICE)
+    monkeypatch.setattr("ctxnb.experiments.train.next_token_losses", with_little_room)
+    monkeypatch.setattr("ctxnb.experiments.losses.next_token_losses", with_little_room)
+    assert trained(store, tmp_path / "little", DEVICE) == pytest.approx(room, abs=1e-4)
+    assert max(largest) == 64
+
+
+@pytest.mark.skipif(REHEARSAL, reason="the CPU's memory has no allocator that refuses")
+def test_a_gpu_that_is_really_full(store, tmp_path):
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.5 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        trained(store, tmp_path, DEVICE, tokens_per_step=2**18, micro_tokens=2**18, context_length=256, max_context=256, epochs=[100.0])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_a_process_group_of_one(store):

@@ -17,12 +17,16 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ctxnb.batch.grid import read_grid
-from ctxnb.experiments.measure import draw_target_table, measure, measure_windows, measured_text, read_target_table, target_windows
-from ctxnb.experiments.needle import ask
 from ctxnb.experiments.losses import evaluate
+from ctxnb.experiments.measure import measure, measured_text
+from ctxnb.experiments.measure_pass import measure_windows
+from ctxnb.experiments.measure_targets import draw_target_table, read_target_table, target_windows
+from ctxnb.experiments.needle import ask
 from ctxnb.experiments.train import train
-from ctxnb.models import pretrained as models
-from ctxnb.models.pretrained import bos_of, find_model, load_model, longest_context, read_config
+from ctxnb.models import pretrained
+from ctxnb.models import source as models
+from ctxnb.models.pretrained import bos_of, load_model, longest_context, read_config
+from ctxnb.models.source import find_model
 from ctxnb.text.tokens import token_store
 from ctxnb.text.windows import draw_targets
 
@@ -98,6 +102,22 @@ def test_every_family_through_the_public_entry(family, store, tmp_path):
     assert limit == (None if family in ("mamba", "recurrent_gemma") else 256)
 
 
+def test_full_memory_halves_the_batch(toy, tmp_path, monkeypatch):
+    """Losses do not depend on how many tokens go through the model at once, so less memory gives the same."""
+    tried = []
+
+    def with_little_room(model, windows, layers, bos, batch_tokens, *more, **named):
+        tried.append(batch_tokens)
+        if batch_tokens > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return measure_windows(model, windows, layers, bos, batch_tokens, *more, **named)
+
+    room = measure(folder=tmp_path / "room", model=str(toy), context_length=16, batch_tokens=400, **TINY)
+    monkeypatch.setattr("ctxnb.experiments.measure.measure_windows", with_little_room)
+    little = measure(folder=tmp_path / "little", model=str(toy), context_length=16, batch_tokens=400, **TINY)
+    assert tried == [400, 200, 100] and little["loss"] == pytest.approx(room["loss"], abs=1e-6)
+
+
 def test_a_model_of_this_project(store, tmp_path):
     trained = train(
         context_length=16, train_tokens=20_000, seed=3, segment_tokens=1024, layers=1, heads=2, width=16, tokens_per_step=256,
@@ -133,11 +153,11 @@ def test_the_packaged_model(tmp_path):
     assert find_model("smollm2", build=False) == text.source
     wrong = read_config(text.source)
     with pytest.raises(ValueError, match="exceeds the 8,192 positions"):
-        models.check_context(wrong, 8193)
+        pretrained.check_context(wrong, 8193)
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "_cached", lambda source: False)
+    monkeypatch.setattr(pretrained, "cached_commit", lambda *_: "")
 
     class Session:
         def head(self, *address, **more):
@@ -166,6 +186,48 @@ def test_a_package_that_is_not_the_one_we_know(monkeypatch, tmp_path):
     monkeypatch.setattr(models.subprocess, "run", lambda command, **more: subprocess.CompletedProcess(command, 1, "", "no network"))
     with pytest.raises(ConnectionError, match="no network"):
         find_model("smollm2")
+
+
+@pytest.mark.parametrize("family", ["bert", "bart", "t5"])
+def test_models_that_are_no_causal_ones_are_refused_when_planned(family, store, tmp_path):
+    """Also a classifier of a causal kind, and a checkpoint that does not fit its configuration."""
+    from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    sizes = {"bert": dict(SIZES, intermediate_size=64), "bart": dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+             decoder_attention_heads=2, vocab_size=257), "t5": dict(d_model=16, d_kv=8, num_layers=1, num_heads=2, vocab_size=257)}[family]
+    kind = AutoModelForMaskedLM if family == "bert" else AutoModelForSeq2SeqLM
+    kind.from_config(CONFIG_MAPPING[family](**sizes)).save_pretrained(tmp_path / family)
+    with pytest.raises(ValueError, match=f"model {family} is (a BertForMaskedLM|an encoder-decoder)") as refused:
+        measured_text(str(tmp_path / family), tokenizer="bytes", build=False)
+    assert len(str(refused.value)) < 200
+
+
+def test_weights_that_do_not_fit_are_refused_when_planned(toy, store, tmp_path):
+    import shutil
+
+    shutil.copytree(toy, tmp_path / "deeper")
+    file = tmp_path / "deeper" / "config.json"
+    config = json.loads(file.read_text())
+    config["num_hidden_layers"] *= 2
+    config.pop("layer_types", None)
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the weights of model deeper do not fit its config.json: [0-9]+ are missing, such as model.layers.2"):
+        measured_text(str(tmp_path / "deeper"), tokenizer="bytes", build=False)
+
+
+def test_an_edit_of_one_matrix_is_another_model(toy, store, tmp_path):
+    import shutil
+
+    shutil.copytree(toy, tmp_path / "edited")
+    before = measured_text(str(tmp_path / "edited"), tokenizer="bytes").digest
+    assert before == measured_text(str(toy), tokenizer="bytes").digest  # a copy is the same model
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.o_proj.weight"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
+        model.get_parameter(name).data.zero_()
+        model.save_pretrained(tmp_path / "edited")
+        after = measured_text(str(tmp_path / "edited"), tokenizer="bytes").digest
+        assert after != before
+        before = after
 
 
 # --- targets ------------------------------------------------------------------------------------------------

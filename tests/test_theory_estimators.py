@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ctxnb.theory.approximation import fit_exponent
-from ctxnb.stats.sources import HiddenMarkovSource, MarkovSource, bayes_risk
-from ctxnb.theory.decomposition import approximation_loss, count_model, cross_entropy
 from ctxnb.stats.intrinsic_entropy import (
     kde_entropy,
     kozachenko_leonenko_entropy,
@@ -21,6 +19,7 @@ from ctxnb.stats.intrinsic_entropy import (
     scott_bandwidth,
     two_nn_dimension,
 )
+from ctxnb.stats.sources import HiddenMarkovSource, MarkovSource, bayes_risk
 from ctxnb.stats.spectrum import (
     PUBLISHED_THRESHOLDS,
     StreamingCovariance,
@@ -31,6 +30,8 @@ from ctxnb.stats.spectrum import (
     oas_weight,
     participation_ratio,
 )
+from ctxnb.theory.approximation import fit_exponent
+from ctxnb.theory.decomposition import approximation_loss, count_model, cross_entropy
 
 ROOT = Path(__file__).resolve().parents[1]
 seeds = st.integers(0, 2**32 - 1)

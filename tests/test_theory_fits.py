@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from ctxnb.cli import advise, best
 from ctxnb.reports.tables import answers, headline, prob_best_grows, read_table

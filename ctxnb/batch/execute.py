@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -120,7 +120,7 @@ def _peak_memory_mb(engine: str) -> float:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 # %% ../../nbs/batch/execute.ipynb #14966fac
 def job_id() -> str:

@@ -158,7 +158,7 @@ def predict(tokens: np.ndarray, lengths: np.ndarray, windows: np.ndarray, vocab_
     depth = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     empty = _Grams(np.zeros(1, int), np.array([len(tokens)]), np.zeros(1, int), np.zeros(len(tokens), dtype=np.int64))
     grams, contexts = empty, 1  # n-grams of length l, and how many there are of length l - 1
-    gram = context = np.zeros(M, dtype=np.int64)  # the l tokens that end with the target, and those that end just before it
+    gram = context = shorter_context = np.zeros(M, dtype=np.int64)  # the l tokens that end with the target, and those that end just before it
     lower = absolute = np.full(M, 1 / vocab_size)
     rows = []
     for l in range(L + 1):

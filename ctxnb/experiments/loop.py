@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -23,8 +23,8 @@ from ..paths import write_atomic
 log = logging.getLogger("ctxnb")
 
 # %% auto #0
-__all__ = ['log', 'choose_device', 'Progress', 'copy_state', 'Checkpoint', 'TrainingDiverged', 'mean_loss', 'fit',
-           'out_of_patience']
+__all__ = ['log', 'T', 'choose_device', 'Progress', 'copy_state', 'Checkpoint', 'out_of_memory', 'MicroBatch', 'TrainingDiverged',
+           'mean_loss', 'fit', 'out_of_patience']
 
 # %% ../../nbs/experiments/loop.ipynb #a1e9ae74
 def choose_device(device: str) -> torch.device:
@@ -113,7 +113,7 @@ class Checkpoint:
         self.saved_at = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """State that was saved last, or None where there is no file.
+        """State that was saved last; None where there is no file, or one of another device or PyTorch.
 
         Raises:
             ValueError: the file belongs to another run; the differences are named.
@@ -125,12 +125,66 @@ class Checkpoint:
         if theirs != self.identity:
             keys = [key for key in {**theirs, **self.identity} if theirs.get(key) != self.identity.get(key)]
             differences = ", ".join(f"{key} = {theirs.get(key)!r} there, {self.identity.get(key)!r} here" for key in keys)
+            if set(keys) <= {"device", "torch"}:
+                log.warning("starting anew: checkpoint %s was made elsewhere (%s)", self.path, differences)
+                return None
             raise ValueError(f"checkpoint {self.path} is of another run ({differences}): use another folder or remove it")
         return saved["state"]
 
     def remove(self) -> None:
         """Delete the file; a finished run needs none."""
         self.path.unlink(missing_ok=True)
+
+# %% ../../nbs/experiments/loop.ipynb #f5ae3c9a
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a GPU is full.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        True for PyTorch's own error and for those of CUDA and cuBLAS.
+    """
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in said or "CUBLAS_STATUS_ALLOC_FAILED" in said))
+
+
+T = TypeVar("T")
+
+
+@dataclass
+class MicroBatch:
+    """Number of tokens that go through a model at once; halved when they do not fit.
+
+    Args:
+        tokens: at most so many.
+    """
+
+    tokens: int
+
+    def fit(self, compute: Callable[[int], T]) -> T:
+        """Compute with as many tokens at once as fit in memory.
+
+        Args:
+            compute: gets the number of tokens; called again, from its beginning, when memory was full.
+
+        Returns:
+            What it returns.
+
+        Raises:
+            RuntimeError: not even one token fits, or another error.
+        """
+        while True:
+            try:
+                return compute(self.tokens)
+            except RuntimeError as error:
+                if not out_of_memory(error) or self.tokens == 1:
+                    raise
+            self.tokens //= 2  # here, where the error no longer holds the tensors of the attempt
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            log.warning("out of memory: from now on at most %d tokens at once", self.tokens)
 
 # %% ../../nbs/experiments/loop.ipynb #a069a78c
 class TrainingDiverged(RuntimeError):

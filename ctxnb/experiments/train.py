@@ -21,12 +21,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from .group import all_mean, in_group, on_rank0, rank, world_size
-from .loop import Checkpoint, Progress, TrainingDiverged, choose_device, copy_state, fit
-from .losses import autocast, evaluate, next_token_losses, shorter_contexts
+from .loop import Checkpoint, MicroBatch, Progress, TrainingDiverged, choose_device, copy_state, fit
+from .losses import Evaluation, autocast, evaluate, next_token_losses, shorter_contexts
 from .schedule import branch_start, learning_rate_at, survivors
 from .schema import TrainResult, TrainSettings
 from ..models.gpt import gpt, gpt_config
@@ -160,6 +161,10 @@ def adamw(model: PreTrainedModel, learning_rate: float, weight_decay: float, s: 
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(s.beta1, s.beta2), fused=True)
 
 
+# cuDNN's attention gives NaN gradients with a mask where the length is 64 modulo 128 (PyTorch 2.11 to 2.13)
+_MASKED_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 class BlockLoss(torch.nn.Module):
     """Mean loss of the trained positions of windows, as a module, which is what `DistributedDataParallel` wants.
 
@@ -176,7 +181,8 @@ class BlockLoss(torch.nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         positions = None if self.eod is None else document_positions(ids[:, :-1], self.eod)
         last = self.settings.block_targets(ids.shape[1] - 1)
-        return next_token_losses(self.model, ids, last=last, positions=positions).mean()
+        with nullcontext() if self.eod is None else sdpa_kernel(_MASKED_ATTENTION):
+            return next_token_losses(self.model, ids, last=last, positions=positions).mean()
 
 # %% ../../nbs/experiments/train.ipynb #a4ce5d92
 def update(
@@ -316,22 +322,21 @@ class Job:
         loss_of = BlockLoss(self.model, self.s, self.text.store.eod if self.s.windows == "masked" else None)
         if world_size() > 1:
             loss_of = DistributedDataParallel(loss_of, forward_sync_buffers=False, gradient_as_bucket_view=True)
-        self.loss_of = loss_of
+        self.loss_of, self.micro = loss_of, MicroBatch(self.s.micro_tokens)
         self.start = copy_state(self.model.state_dict())
 
-    def windows(self, step: int) -> tuple[torch.Tensor, int]:
-        """This process's share of a step's windows on the device, and the number of micro-batches."""
+    def windows(self, step: int) -> torch.Tensor:
+        """This process's share of a step's windows, on the device."""
         ids = torch.from_numpy(step_windows(self.s, self.text, step)).chunk(world_size())[rank()]
-        parts = micro_batches(len(ids), ids.shape[1] - 1, self.s.micro_tokens)
-        if self.device.type == "cuda":
-            ids = ids.pin_memory().to(self.device, non_blocking=True)
-        return ids, parts
+        return ids.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else ids
+
+    def evaluate(self, targets: Targets, context: int, **how) -> Evaluation:
+        """See `evaluate`; with as many tokens at once as fit in memory."""
+        return self.micro.fit(lambda tokens: evaluate(self.model, self.text.store, targets, context, batch_tokens=tokens, **how))
 
     def dev_loss(self) -> float:
         """Dev loss after l visible tokens, computed by the first process for all."""
-        s, text = self.s, self.text
-        return on_rank0(lambda: evaluate(self.model, text.store, text.dev, s.context_length,
-                                           batch_tokens=s.micro_tokens, bf16=self.device.type == "cuda").loss)
+        return on_rank0(lambda: self.evaluate(self.text.dev, self.s.context_length, bf16=self.device.type == "cuda").loss)
 
 # %% ../../nbs/experiments/train.ipynb #408b5ceb
 def run_leg(job: Job, candidate: int, first: int, until: int, anneal: bool) -> float:
@@ -365,8 +370,14 @@ def run_leg(job: Job, candidate: int, first: int, until: int, anneal: bool) -> f
     def step_update(step: int) -> torch.Tensor:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, peak, warmup, first if anneal else until, until, s.final_learning_rate)
-        job.dropout.seed(s.seed, 4, step, rank())
-        loss = update(job.loss_of, optimizer, *job.windows(step), s.clip, found.bf16)
+        ids = job.windows(step)
+
+        def attempt(tokens: int) -> torch.Tensor:
+            optimizer.zero_grad()  # an attempt that did not fit leaves some
+            job.dropout.seed(s.seed, 4, step, rank())
+            return update(job.loss_of, optimizer, ids, micro_batches(len(ids), ids.shape[1] - 1, tokens), s.clip, found.bf16)
+
+        loss = job.micro.fit(attempt) if world_size() == 1 else attempt(s.micro_tokens)  # the others of a group would wait for its gradients
         if average:
             torch._foreach_lerp_(average, [w.detach() for w in trained], 1 - s.average)
         return loss
@@ -441,7 +452,7 @@ def search(job: Job) -> None:
                         f"train_tokens = {s.train_tokens:,}, seed = {s.seed})"
                     ) from None
         losses = {c: found.losses(c)[:done] for c in alive if c not in found.diverged}
-        alive = survivors(losses, len(s.candidates), len(s.budgets)) if losses else []
+        alive = survivors(losses, len(s.candidates), len(s.budgets), s.finalists) if losses else []
         found.trunks = {c: trunk for c, trunk in found.trunks.items() if c in alive}
         if not alive:
             break
@@ -458,11 +469,7 @@ def measure(job: Job) -> dict:
     """
     s, text = job.s, job.text
     job.model.load_state_dict(job.found.best_weights)
-    contexts = [*shorter_contexts(s.context_length), s.context_length]
-
-    def loss(targets: Targets, context: int, **how):
-        return evaluate(job.model, text.store, targets, context, batch_tokens=s.micro_tokens, **how)
-
+    contexts, loss = [*shorter_contexts(s.context_length), s.context_length], job.evaluate
     final = loss(text.test, s.context_length, positions=True)
     at = [*(loss(text.test, context) for context in contexts[:-1]), final]
     return {
@@ -544,16 +551,18 @@ def peak_memory_mb(device: torch.device) -> float:
     return kib / 2**20 if sys.platform == "darwin" else kib / 2**10  # bytes there, KiB elsewhere
 
 # %% ../../nbs/experiments/train.ipynb #58f45ab4
-def save_model(folder: Path, model: PreTrainedModel) -> None:
-    """Write `model/` for `from_pretrained`, whole or not at all.
+def save_model(folder: Path, model: PreTrainedModel, store: TokenStore) -> None:
+    """Write `model/` for `from_pretrained`, with its tokenizer, whole or not at all.
 
     Args:
         folder: of the run.
         model: to be saved.
+        store: token store that it was trained on.
     """
     temporary, final = folder / f".{MODEL}.tmp", folder / MODEL
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
+    store.save_tokenizer(temporary)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
 
@@ -577,7 +586,8 @@ _NOT_THE_RESULT = ("device", "processes")  # where it is computed
 def _open_job(s: TrainSettings, folder: Path, text: Text, checkpoint_seconds: float) -> Job:
     """Model, checkpoint and progress of a run in this process."""
     device = choose_device(s.device)
-    about = {key: getattr(s, key) for key in ("context_length", "train_tokens", "seed", "corpus", "tokenizer")}
+    about = {key: getattr(s, key) for key in ("context_length", "train_tokens", "seed")}
+    about |= {"corpus": Path(s.corpus).name, "data": text.store.digest, "tokenizer": text.store.manifest["tokenizer"]["name"]}  # no path travels
     config = gpt_config(text.store.vocab_size, s.layers, s.heads, s.width, s.max_context, eos_token_id=text.store.eod, ctxnb=about)
     identity = {key: value for key, value in asdict(s).items() if key not in _NOT_THE_RESULT}
     identity |= {"data": text.store.digest, "device": device.type, "torch": str(torch.__version__)}
@@ -591,7 +601,9 @@ def _choose_precision(job: Job) -> None:
     """Decide on bfloat16 once, the same in every process."""
     s, found = job.s, job.found
     if found.bf16 is None and s.precision == "auto" and job.device.type == "cpu":
-        found.gain = on_rank0(lambda: bfloat16_gain(job.model, s, *job.windows(0)))
+        ids = job.windows(0)
+        parts = micro_batches(len(ids), ids.shape[1] - 1, s.micro_tokens)
+        found.gain = on_rank0(lambda: bfloat16_gain(job.model, s, ids, parts))
     if found.bf16 is None:
         found.bf16 = {"float32": False, "bfloat16": True}.get(s.precision, found.gain is None or found.gain > 1.1)
 
@@ -642,7 +654,7 @@ def _train(
         started = time.perf_counter()
         losses = measure(job)
         job.found.eval_seconds += time.perf_counter() - started
-        save_model(folder, job.model)
+        save_model(folder, job.model, text.store)
         job.checkpoint.remove()
         return TrainResult(**losses, **describe(job))
 

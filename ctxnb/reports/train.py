@@ -444,7 +444,7 @@ def data_exponents(
     sizes = (np.array([curve.size for curve in curves], float),)
     low, high = law.box(sizes)[0]
     rows = []
-    for k, length in enumerate(lengths):
+    for k in range(len(lengths)):
         losses = np.stack([np.append(curve.loss[k], curve.draws[:, k]) for curve in curves], axis=1)  # [1 + B, D]
         fitted, _, _ = fit_curves(law, sizes, losses, floor=law.offset)
         alpha = fitted[:, law.names.index("gamma")]

@@ -98,7 +98,7 @@ def sample_hierarchy(source: Hierarchy, n_documents: int, length: int, seed: int
     Returns:
         Int array [n_documents, length] of tokens 0..v-1.
     """
-    rng, (v, m, s) = np.random.default_rng(seed), source.rules.shape
+    rng, (v, m, _) = np.random.default_rng(seed), source.rules.shape
     trees = -(-length // source.tree_length) + 1
     symbols = rng.integers(v, size=(n_documents, trees))
     for _ in range(source.levels):

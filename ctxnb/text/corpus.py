@@ -53,7 +53,7 @@ NAMES = ("sotu", "prose", "openwebtext")
 
 
 def prose_path() -> Path:
-    """File of the prose corpus in the data folder, which `ctxnb prose` writes.
+    """File of the prose corpus in the data folder, which `data/prose/build.py` writes.
 
     Returns:
         An absolute path; the file need not exist yet.
@@ -95,11 +95,7 @@ def open_corpus(
         return hub_corpus(parse_hub(str(corpus)), text_column)
     if str(corpus) == "sotu":
         return sotu()
-    if str(corpus) == "prose":
-        if not prose_path().is_file():
-            raise FileNotFoundError("corpus 'prose' has not been built here: run `ctxnb prose`")
-        return file_corpus(prose_path())
-    return file_corpus(corpus_path(corpus), text_column)
+    return file_corpus(corpus_path(prose_path() if str(corpus) == "prose" else corpus), text_column)
 
 # %% ../../nbs/text/corpus.ipynb #d7235631
 def absolute_corpus(corpus: str | Path) -> str:
@@ -140,6 +136,8 @@ def corpus_path(corpus: str | Path) -> Path:
     path = Path(absolute_corpus(corpus))
     if path.exists():
         return path.resolve()
+    if path == prose_path():
+        raise FileNotFoundError("the prose corpus has not been built here: run `python data/prose/build.py`")
     beside = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
     is_path = bool(kind_of(path.name)) or len(Path(corpus).parts) > 1
     near = get_close_matches(path.name, beside if is_path else [*NAMES, *beside], n=1)

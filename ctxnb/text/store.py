@@ -154,7 +154,7 @@ class StoreFiles:
         """
         if self.manifest["tokenizer"]["name"] in ("bytes", "gpt2"):
             return False
-        self.loaded_tokenizer  # refuses another one than the store's
+        _ = self.loaded_tokenizer  # refuses another one than the store's
         trained_here = BPE_FILES[0] in self.manifest["files"]
         for file in tokenizer_files(self.folder / "tokenizer" if trained_here else Path(self.tokenizer).expanduser()):
             shutil.copyfile(file, Path(folder) / file.name)
