@@ -17,7 +17,7 @@ from filelock import FileLock
 from .source import SMOLLM2, ModelSource, cached_commit, find_model, read_json
 from ..paths import data_dir
 from ..text.identity import recall, remember
-from ..text.tokenizers import bpe_size, load_tokenizer, pretrained_tokenizer, tokenizer_identity
+from ..text.tokenizers import load_tokenizer, pretrained_tokenizer, tokenizer_identity
 
 if TYPE_CHECKING:  # the planner of a grid looks models up without loading torch
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -278,7 +278,7 @@ def tokenizer_of(
         tokenizer_identity(source.location)
     except ValueError:
         trained_with = (getattr(config, "ctxnb", None) or {}).get("tokenizer")
-        if trained_with and not bpe_size(trained_with):  # one that was trained on another text is another tokenizer
+        if trained_with in ("bytes", "gpt2"):  # the others have files
             return trained_with
         raise ValueError(
             f"model folder {source.location} holds no tokenizer: name one with tokenizer = "
