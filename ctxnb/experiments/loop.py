@@ -298,7 +298,8 @@ def _note(progress: Progress, train_loss: float, measure, weights, stop) -> None
         progress.best_loss, progress.best_step = dev_loss, progress.step
         progress.best_weights = copy_state(weights()) if weights else {}
     progress.stopped = stop(progress)
-    log.info("step %d: dev %.4f%s", progress.step, dev_loss, ", stopping" if progress.stopped else "")
+    log.info("step %d: dev %.4f%s", progress.step, dev_loss, ", stopping" if progress.stopped else "",
+             extra={"metrics": {"step": progress.step, "train_loss": train_loss, "dev_loss": dev_loss}})
 
 # %% ../../nbs/experiments/loop.ipynb #5e05c5dc
 def out_of_patience(progress: Progress, patience: int) -> bool:
