@@ -169,7 +169,7 @@ def measured_text(
 # %% ../../nbs/experiments/measure.ipynb #0a96e8fb
 def _loss_summary(targets: pd.DataFrame, measured: Measurement, store: TokenStore, split: str) -> dict:
     """Mean loss with its uncertainty over documents, and the losses it is the mean of."""
-    from ctxnb.stats.bootstrap import percentile_interval, resample_means
+    from ctxnb.stats.bootstrap import cluster_error, percentile_interval, resample_means
 
     documents, index = np.unique(targets.document, return_inverse=True)
     count = np.bincount(index)
@@ -178,12 +178,11 @@ def _loss_summary(targets: pd.DataFrame, measured: Measurement, store: TokenStor
         return np.stack([np.bincount(index, column) / count for column in values.T], axis=1)
 
     means = by_document(measured.loss[:, None])[:, 0]
-    loss, n = float(measured.loss.mean()), len(documents)
-    spread = np.sqrt((count**2 * (means - loss) ** 2).sum()) / count.sum()
+    loss = float(measured.loss.mean())
     low, high = percentile_interval(resample_means(means[:, None], 1000), 0.95).ravel()
     result = {
         "loss": loss,
-        "loss_se": float(spread * math.sqrt(n / (n - 1))),
+        "loss_se": cluster_error(means, count),
         "loss_low": float(low),
         "loss_high": float(high),
         "bits_per_byte": loss / math.log(2) / store.bytes_per_token(split),

@@ -425,7 +425,8 @@ def run_trial(job: Job, candidate: int, steps: int) -> None:
     found.trials.append({"candidate": candidate, "steps": steps, "dev_loss": dev_loss, "train_loss": train_loss})
     if dev_loss < found.best_loss:
         found.best_loss, found.best_weights = dev_loss, copy_state(job.model.state_dict())
-    log.info("trial %d: candidate %d, %d steps: train %.4f, dev %.4f", len(found.trials), candidate, steps, train_loss, dev_loss)
+    log.info("trial %d: candidate %d, %d steps: train %.4f, dev %.4f", len(found.trials), candidate, steps, train_loss, dev_loss,
+             extra={"metrics": {"step": steps, "trial": len(found.trials), "candidate": candidate, "train_loss": train_loss, "dev_loss": dev_loss}})
 
 
 def search(job: Job) -> None:
