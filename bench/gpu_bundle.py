@@ -93,7 +93,7 @@ def pack(folder: Path, grids: tuple[str, ...]) -> None:
     """Write `data.tar.xz`: data and finished runs below `data/` and `runs/`."""
     from ctxnb.paths import data_dir, runs_dir
 
-    with tarfile.open(folder / "data.tar.xz", "w:xz", preset=3) as archive:
+    with tarfile.open(folder / "data.tar.xz", "w:xz", preset=1) as archive:
         for path in prepare_data(grids):
             archive.add(path, Path("data") / path.relative_to(data_dir()))
         for path in earlier_runs(grids):

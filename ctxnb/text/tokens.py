@@ -201,7 +201,7 @@ def _gone(request: str, error: Exception) -> TokenStore | KnownStore:
     print(f"{error}: its token store {folder.name} is used", file=sys.stderr)
     return open_store(folder)
 
-
+# %% ../../nbs/text/tokens.ipynb #d806b049
 def token_store(
     corpus: str | Path = "sotu",
     tokenizer: str | Path = "bytes",
