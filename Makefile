@@ -38,6 +38,9 @@ site: .venv/.ready  ## rebuild the site from the notebooks and the tables at han
 lab: .venv/.ready  ## open JupyterLab at its start page
 	cd nbs && ../$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/start.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
+# Notebooks that take a minute or more: `make test-rest` runs them.
+SLOW_NOTEBOOKS = intrinsic_entropy
+
 # Two workers, each with one thread. The result pages are run by tests/test_pages.py, which compares what they print.
 NOTEBOOKS = OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --durations=15

@@ -61,19 +61,18 @@ def fetch_wheels(folder: Path, python: str) -> None:
 
 def prepare_data(grids: tuple[str, ...]) -> list[Path]:
     """Build what the grids read, where it is not there; the files and folders that they read."""
-    from ctxnb.batch.grid import data_arguments, data_function, read_grid
+    from ctxnb.batch.grid import read_grid
+    from ctxnb.batch.runs import DataSource
     from ctxnb.paths import data_dir
 
     found = []
     for name in grids:
         grid = read_grid(ROOT / name)
         parameters = grid.template.defaults | grid.parameters
-        store = data_function(grid.data_source)(**data_arguments(grid.data_source, parameters))
+        store = DataSource(grid.data_source, ROOT).open(parameters, build=True)
         found.append(Path(store.folder))
-        if tokenizer := getattr(store.tokenizer, "folder", None):
-            found.append(Path(tokenizer))
-        if (corpus := ROOT / str(parameters["corpus"])).is_file():
-            found += [corpus, corpus.with_suffix(".json")]
+        corpus = ROOT / str(parameters["corpus"])
+        found += [file for file in (corpus, corpus.with_suffix(".json")) if file.is_file()]
     outside = [path for path in found if not path.is_relative_to(data_dir())]
     if outside:
         raise SystemExit(f"outside the data folder {data_dir()}: {', '.join(map(str, outside))}")
@@ -94,7 +93,7 @@ def pack(folder: Path, grids: tuple[str, ...]) -> None:
     """Write `data.tar.xz`: data and finished runs below `data/` and `runs/`."""
     from ctxnb.paths import data_dir, runs_dir
 
-    with tarfile.open(folder / "data.tar.xz", "w:xz", preset=3) as archive:
+    with tarfile.open(folder / "data.tar.xz", "w:xz", preset=1) as archive:
         for path in prepare_data(grids):
             archive.add(path, Path("data") / path.relative_to(data_dir()))
         for path in earlier_runs(grids):

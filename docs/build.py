@@ -33,8 +33,8 @@ SOURCE, STATIC, HTML = WORK / "source", WORK / "static", WORK / "html"
 SECTIONS: list[tuple[str, str, str]] = [
     ("Results", "results", "advice train train_sweep counts horizon contest synthetic synthetic_sweep synthetic_features measure measure_features measure_own tasks"),
     ("Try it", "try", "train synthetic measure"),
-    ("Theory", "theory", "why decomposition bayes_risk recovery approximation optimal_context horizon assumptions planner"),
-    ("Statistics", "stats", "laws solver bootstrap curves fitting spectrum intrinsic_entropy sources hierarchy lagged"),
+    ("Theory", "theory", "why decomposition bayes_risk recovery approximation optimal_context horizon planner"),
+    ("Statistics", "stats", "laws solver fitting bootstrap curves spectrum intrinsic_entropy sources hierarchy lagged"),
     ("Text", "text", "corpus files hub documents tokenizers tokens store identity overlap windows packing retrieval ruler xor_tasks xor_strings"),
     ("Models", "models", "gpt source pretrained xor"),
     ("Experiments", "experiments", "train schema schedule loop losses group counts synthetic synthetic_features measure measure_targets measure_pass representation conventions tasks needle languages horizon"),
@@ -119,7 +119,7 @@ def for_readers(nb: nbformat.NotebookNode, folded: bool = False) -> nbformat.Not
     module = next((f"ctxnb.{found[1]}" for cell in nb.cells if (found := re.search(r"^#\| *default_exp +(\S+)", cell.source, re.MULTILINE))), "")
     cells = [part for cell in nb.cells for part in (code_cells(cell, module, folded) if cell.cell_type == "code" else [cell])]
     nb.cells = [cell for cell in cells if cell.source.strip() or cell.get("outputs")]
-    nb.metadata = nbformat.from_dict({"kernelspec": nb.metadata.get("kernelspec", {})})
+    nb.metadata = nbformat.from_dict({"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})  # for the highlighting of code
     return nb
 
 

@@ -313,7 +313,7 @@ def test_every_help_is_for_a_newcomer():
     overview = CliRunner().invoke(main, ["--help"]).output
     assert all(f"{code}  " in overview for code in EXIT_CODES) and "To begin:" in overview
     commands = re.findall(r"^  (\w+)  ", overview.partition("Commands:")[2].partition("To begin:")[0], re.M)
-    assert len(commands) == 12
+    assert len(commands) == 14
     for command in commands:
         text = CliRunner().invoke(main, [command, "--help"]).output
         assert text.startswith(f"Usage: main {command}") and len(text.splitlines()[2]) > 20

@@ -103,13 +103,14 @@ def test_subset_and_targets_are_those_of_the_trained_models(store):
 def test_quick_tables_share_subsets_and_targets(name):
     """What the page lays side by side: the same documents, as many targets in each, the same data sizes and seeds."""
     table = pd.read_parquet(ROOT / f"data/results/{name}.parquet")
-    other = pd.read_parquet(ROOT / "data/results/train-quick.parquet").iloc[0]
+    trained = pd.read_parquet(ROOT / "data/results/train-quick.parquet")
+    other = trained.iloc[0]
     for column in ("document", "document_targets"):
         assert all((row == other[column]).all() for row in table[column])
     for column in ("corpus", "tokenizer", "max_context", "segment_tokens", "test_targets", "targets_seed", "data"):
         assert (table[column] == other[column]).all()
-    assert sorted(table.train_tokens.unique()) == [16_000, 45_000, 128_000]
-    assert sorted(table.seed.unique()) == [0, 1]
+    assert set(table.train_tokens) == set(trained.train_tokens) and trained.train_tokens.nunique() > 2
+    assert set(table.seed) == set(trained.seed) and trained.seed.nunique() > 1
 
 
 def test_the_report_on_trained_models_takes_it(store):

@@ -102,6 +102,22 @@ def test_every_family_through_the_public_entry(family, store, tmp_path):
     assert limit == (None if family in ("mamba", "recurrent_gemma") else 256)
 
 
+def test_full_memory_halves_the_batch(toy, tmp_path, monkeypatch):
+    """Losses do not depend on how many tokens go through the model at once, so less memory gives the same."""
+    tried = []
+
+    def with_little_room(model, windows, layers, bos, batch_tokens, *more, **named):
+        tried.append(batch_tokens)
+        if batch_tokens > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return measure_windows(model, windows, layers, bos, batch_tokens, *more, **named)
+
+    room = measure(folder=tmp_path / "room", model=str(toy), context_length=16, batch_tokens=400, **TINY)
+    monkeypatch.setattr("ctxnb.experiments.measure.measure_windows", with_little_room)
+    little = measure(folder=tmp_path / "little", model=str(toy), context_length=16, batch_tokens=400, **TINY)
+    assert tried == [400, 200, 100] and little["loss"] == pytest.approx(room["loss"], abs=1e-6)
+
+
 def test_a_model_of_this_project(store, tmp_path):
     trained = train(
         context_length=16, train_tokens=20_000, seed=3, segment_tokens=1024, layers=1, heads=2, width=16, tokens_per_step=256,

@@ -212,7 +212,7 @@ def test_readers_of_packages(tmp_path):
         (tmp_path / name).write_bytes(b"no archive")
         with pytest.raises(ValueError, match=f"{name} can't be read"):
             prose.read_package(tmp_path / name)
-    two = [zlib.compress(text) for text in ("Im Anfang ".encode(), "schuf Gott …".encode())]
+    two = [zlib.compress(text) for text in (b"Im Anfang ", "schuf Gott …".encode())]
     index = struct.pack("<6I", 0, len(two[0]), 10, len(two[0]) + 3, len(two[1]), 12)  # three bytes of no block between them
     assert prose.sword_text({"m/ot.bzs": index, "m/ot.bzz": two[0] + b"???" + two[1], "m/nt.bzs": b"", "m/nt.bzz": b""}) == "Im Anfang schuf Gott …"
     with pytest.raises(ValueError, match="no SWORD module"):

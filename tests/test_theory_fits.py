@@ -17,7 +17,7 @@ from ctxnb.stats.fitting import cells_of, check_runs, compare_laws, fit_joint, f
 from ctxnb.stats.laws import JOINT_LAWS, LAWS
 from ctxnb.stats.solver import fit_curves, fit_reference
 from ctxnb.theory.optimal_context import ContextLaw, critical_tokens, numeric_optimum, optimal_context
-from ctxnb.theory.planner import Refusal, optimal_lengths, plan
+from ctxnb.theory.planner import Refusal, fit_pilots, optimal_lengths, plan
 
 LENGTHS = np.array([4.0, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192])
 DIMENSION = np.array([1.2, 4.0, 60.0, 0.6, 0.2, 0.8])
@@ -332,11 +332,11 @@ def test_front_page_best_and_planner_say_the_same_of_one_table():
     """`best`, the page's answers and the planner's measured lengths come from one curve."""
     table = read_table("data/results/train-quick.parquet", "runs")
     said = answers(measured_curves(table))
-    advice = plan(table, 2e5, resamples=200)
-    for size, (length, low, high) in advice.measured.items():
-        assert (length, low, high) == tuple(said.loc[size, ["best", "low", "high"]]) or length == said.loc[size, "best"]
-        row = CliRunner().invoke(best, ["data/results/train-quick.parquet"]).output
-        assert f"D = {size:,}: best l = {length} (" in row
+    shown = CliRunner().invoke(best, ["data/results/train-quick.parquet"]).output
+    for curve in fit_pilots(table, resamples=100).curves:  # what the planner calls measured
+        assert curve.best == said.loc[curve.size, "best"]
+        assert f"D = {curve.size:,}: best l = {curve.best} (" in shown
+        assert (curve.excess().worse.to_numpy() == ~np.isin(curve.context_length, said.loc[curve.size, "not_worse"])).all()
 
 
 def test_a_flat_curve_has_no_star_and_no_growth():

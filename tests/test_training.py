@@ -1,5 +1,6 @@
 """What the training notebooks can't show: kill -9, properties over many inputs, a corpus of one's own."""
 
+import ast
 import json
 import logging
 import os
@@ -7,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import psutil
 import pytest
@@ -20,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from ctxnb.experiments.loop import TrainingDiverged
 from ctxnb.experiments.losses import evaluate, next_token_losses
-from ctxnb.experiments.schema import TrainSettings, check_text
+from ctxnb.experiments.schema import CountSettings, FeatureSettings, SyntheticSettings, TrainSettings, check_text
 from ctxnb.experiments.train import CHECKPOINT, MODEL, train
 from ctxnb.models.gpt import gpt, gpt_config
 from ctxnb.text.tokens import token_store
@@ -332,6 +335,19 @@ def test_a_checkpoint_of_another_run_is_refused(store, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="seed = 3 there, 4 here"):
         train(context_length=16, folder=tmp_path, store=store, **ONE | {"seed": 4})
     assert (tmp_path / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize("template, record", [("train", TrainSettings), ("synthetic", SyntheticSettings),
+                                              ("synthetic_features", FeatureSettings), ("counts", CountSettings)])
+def test_a_templates_parameters_are_its_settings(template, record):
+    """Names, defaults and comments of the parameters cell come from the dataclass."""
+    cells = nbformat.read(Path(__file__).parents[1] / f"nbs/runs/{template}.ipynb", 4).cells
+    (cell,) = (cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    defaults = record()
+    for line, part in zip(cell.splitlines(), fields(record), strict=True):
+        assignment, comment = line.split("  # ", 1)
+        name, value = assignment.split(" = ", 1)
+        assert (name, ast.literal_eval(value), comment) == (part.name, getattr(defaults, part.name), part.metadata["about"])
 
 
 def test_warnings_about_a_text(store):

@@ -5,7 +5,6 @@
 # %% ../../nbs/experiments/counts.ipynb #80cea168
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .schema import CountSettings
+from ..stats.bootstrap import cluster_error
 from ..text.tokens import TokenStore, token_store
 from ..text.windows import Subset, draw_targets, subset
 
@@ -222,7 +222,7 @@ def measure_counts(*, store: TokenStore | None = None, **settings) -> dict:
         by_document = np.stack([np.bincount(index, row) for row in losses]) / count
         result |= {f"{model}_loss": losses.mean(1).tolist(), f"{model}_document_loss": by_document.ravel().tolist()}
         if model == "kneser_ney":
-            result |= {"loss": float(losses[-1].mean()), "loss_se": _standard_error(by_document[-1], count)}
+            result |= {"loss": float(losses[-1].mean()), "loss_se": cluster_error(by_document[-1], count)}
     return result | {
         "lengths": wanted,
         "seen": said.seen[wanted].mean(1).tolist(),
@@ -238,16 +238,9 @@ def _text(data: Subset) -> np.ndarray:
     """The pieces of a subset one after the other, int64 [D]."""
     return np.concatenate([data.tokens[start : start + length] for start, length in zip(data.starts, data.lengths)]).astype(np.int64)
 
-
-def _standard_error(by_document: np.ndarray, count: np.ndarray) -> float:
-    """Of the mean over targets, over documents; as for trained models."""
-    n, mean = len(count), by_document @ count / count.sum()
-    spread = np.sqrt((count**2 * (by_document - mean) ** 2).sum()) / count.sum()
-    return float(spread * math.sqrt(n / (n - 1))) if n > 1 else 0.0
-
 # %% ../../nbs/experiments/counts.ipynb #206bc34e
 def by_context(table: pd.DataFrame, model: str = "kneser_ney") -> pd.DataFrame:
-    """A table of count runs with one row per run and context length, as `ctxnb.reports.train.curves` takes it.
+    """A table of count runs with one row per run and context length, as `ctxnb.stats.curves.measured_curves` takes it.
 
     Args:
         table: one row per run, with what `measure_counts` returns and the columns run, train_tokens and seed.

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DOCUMENTS', 'DOCUMENT_TOKENS', 'FIRST_LETTER', 'Language', 'languages', 'find_language', 'language_path',
-           'write_language', 'language_store', 'bayes_losses']
+           'write_language', 'language_store', 'bayes_losses', 'count_contest']
 
-# %% ../../nbs/experiments/languages.ipynb #e7bcb7a2
+# %% ../../nbs/experiments/languages.ipynb #327cb287
 import functools
 import io
 import re
@@ -18,12 +18,13 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
+from .counts import predict
 from ..paths import data_dir, write_atomic
 from ..stats.hierarchy import Hierarchy, hierarchy_surprisal, random_hierarchy, sample_hierarchy
 from ..stats.sources import HiddenMarkovSource, MarkovSource, clock_source, copy_source, sample_arfima_signs
 from ..text.tokens import TokenStore, token_store
 
-# %% ../../nbs/experiments/languages.ipynb #652caa50
+# %% ../../nbs/experiments/languages.ipynb #309bd0b6
 @dataclass(frozen=True)
 class Language:
     """A source, with what is known about it.
@@ -66,7 +67,7 @@ def _arfima(name: str, d: float) -> Language:
 
     return Language(name, 2, sample, None, 1 - 2 * d, None, None, f"signs of ARFIMA(0, {d}, 0) noise")
 
-# %% ../../nbs/experiments/languages.ipynb #f0beddd5
+# %% ../../nbs/experiments/languages.ipynb #63276939
 @functools.cache
 def languages() -> dict[str, Language]:
     """All languages by name.
@@ -102,7 +103,7 @@ def find_language(name: str) -> Language:
         raise ValueError(f"unknown language {name!r}: expected {', '.join(languages())}")
     return languages()[name]
 
-# %% ../../nbs/experiments/languages.ipynb #e7095e52
+# %% ../../nbs/experiments/languages.ipynb #5be6d8e1
 DOCUMENTS, DOCUMENT_TOKENS = 1536, 8192
 FIRST_LETTER = ord("a")  # token 0
 
@@ -169,7 +170,7 @@ def language_store(corpus: str | Path, tokenizer: str = "bytes", min_tokens: int
                 write_language(name, path)
     return token_store(path, tokenizer, min_tokens=min_tokens, build=build)
 
-# %% ../../nbs/experiments/languages.ipynb #29bf19b7
+# %% ../../nbs/experiments/languages.ipynb #7742e88f
 def bayes_losses(name: str, windows: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
     """Exact loss of the Bayes model on targets of a language's token store, at several context lengths.
 
@@ -192,3 +193,33 @@ def bayes_losses(name: str, windows: np.ndarray, lengths: Sequence[int]) -> np.n
         raise ValueError(f"context length {max(lengths)}: the windows hold {longest} visible tokens")
     symbols = np.asarray(windows, dtype=np.int64) - FIRST_LETTER
     return np.stack([language.surprisal(symbols[:, longest - l :]) for l in lengths])
+
+# %% ../../nbs/experiments/languages.ipynb #2a8ae634
+def count_contest(name: str, train_tokens: Sequence[int], seeds: Sequence[int], lengths: Sequence[int], targets: int = 3000) -> pd.DataFrame:
+    """Approximation loss of count models on a language, for each context length and amount of text.
+
+    Args:
+        name: of the language.
+        train_tokens: D of each text, in documents of 1,024 tokens.
+        seeds: seeds of the texts.
+        lengths: visible tokens l, ascending.
+        targets: number of independent targets.
+
+    Returns:
+        A row for each language, D, seed and l: `bayes_risk`, `loss` and `approximation_loss` of Kneser-Ney, its standard error `error`, and `additive_loss`, nats.
+    """
+    language, longest = find_language(name), max(lengths)
+    windows = language.sample(targets, longest + 1, 1_000_000)
+    bayes = bayes_losses(name, windows + FIRST_LETTER, lengths)
+    rows = []
+    for D in train_tokens:
+        for seed in seeds:
+            pieces = np.full(-(-D // 1024), 1024)
+            pieces[-1] -= pieces.sum() - D
+            text = np.concatenate([row[:n] for row, n in zip(language.sample(len(pieces), 1024, seed), pieces)])
+            answers = predict(text, pieces, windows, language.n_tokens)
+            for l, best in zip(lengths, bayes):
+                gap = -np.log(answers.kneser_ney[l]) - best
+                rows.append((name, D, seed, l, best.mean(), best.mean() + gap.mean(), gap.mean(), gap.std() / targets**0.5, -np.log(answers.additive[l]).mean()))
+    columns = ["language", "train_tokens", "seed", "context_length", "bayes_risk", "loss", "approximation_loss", "error", "additive_loss"]
+    return pd.DataFrame(rows, columns=columns)

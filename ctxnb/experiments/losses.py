@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ..stats.bootstrap import cluster_error
 from ..text.tokens import TokenStore
 from ..text.windows import Targets
 
@@ -109,11 +110,8 @@ def summarise(losses: np.ndarray, document: np.ndarray, position_loss: np.ndarra
     documents, index = np.unique(document, return_inverse=True)
     count = np.bincount(index)
     mean = np.bincount(index, losses) / count
-    loss, n = float(losses.mean()), len(documents)
-    spread = np.sqrt((count**2 * (mean - loss) ** 2).sum()) / count.sum()
-    se = float(spread * math.sqrt(n / (n - 1))) if n > 1 else math.nan
     block = float(position_loss.mean()) if len(position_loss) else math.nan
-    return Evaluation(loss, se, block, position_loss, documents, mean, count)
+    return Evaluation(float(losses.mean()), cluster_error(mean, count), block, position_loss, documents, mean, count)
 
 # %% ../../nbs/experiments/losses.ipynb #c2d19453
 @torch.no_grad()

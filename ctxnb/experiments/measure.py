@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .loop import MicroBatch
 from .measure_pass import Measurement, measure_windows, passage_losses
 from .measure_targets import draw_target_table, position_sample, read_target_table, recurrence, target_windows
 from .representation import representation
@@ -168,7 +169,7 @@ def measured_text(
 # %% ../../nbs/experiments/measure.ipynb #0a96e8fb
 def _loss_summary(targets: pd.DataFrame, measured: Measurement, store: TokenStore, split: str) -> dict:
     """Mean loss with its uncertainty over documents, and the losses it is the mean of."""
-    from ctxnb.stats.bootstrap import percentile_interval, resample_means
+    from ctxnb.stats.bootstrap import cluster_error, percentile_interval, resample_means
 
     documents, index = np.unique(targets.document, return_inverse=True)
     count = np.bincount(index)
@@ -177,12 +178,11 @@ def _loss_summary(targets: pd.DataFrame, measured: Measurement, store: TokenStor
         return np.stack([np.bincount(index, column) / count for column in values.T], axis=1)
 
     means = by_document(measured.loss[:, None])[:, 0]
-    loss, n = float(measured.loss.mean()), len(documents)
-    spread = np.sqrt((count**2 * (means - loss) ** 2).sum()) / count.sum()
+    loss = float(measured.loss.mean())
     low, high = percentile_interval(resample_means(means[:, None], 1000), 0.95).ravel()
     result = {
         "loss": loss,
-        "loss_se": float(spread * math.sqrt(n / (n - 1))),
+        "loss_se": cluster_error(means, count),
         "loss_low": float(low),
         "loss_high": float(high),
         "bits_per_byte": loss / math.log(2) / store.bytes_per_token(split),
@@ -325,7 +325,8 @@ def _measured(s: MeasureSettings, text: MeasuredText, loaded: PreTrainedModel, t
         torch.cuda.reset_peak_memory_stats()
     inside = position_sample(s.context_length, s.positions if s.context_length == s.max_context else 0)
     windows = target_windows(text.store, targets, s.context_length)
-    measured = measure_windows(loaded, windows, s.layers, bos, s.batch_tokens, inside, keep_features=s.estimators or s.keep_features)
+    keep = s.estimators or s.keep_features
+    measured = MicroBatch(s.batch_tokens).fit(lambda tokens: measure_windows(loaded, windows, s.layers, bos, tokens, inside, keep_features=keep))
     log.info("%s l=%d: %.4f nats, %d targets in %.0f s", text.source.name, s.context_length, measured.loss.mean(), len(targets), measured.seconds)
     result = _loss_summary(targets, measured, text.store, s.split) | {
         "targets": len(targets),

@@ -47,16 +47,17 @@ def learning_rate_at(step: int, peak: float, warmup_steps: int, anneal_from: int
     return rate * (final + (1 - final) * max(0.0, left))
 
 # %% ../../nbs/experiments/schedule.ipynb #0e0ecfbd
-def survivors(losses: dict[int, list[float]], candidates: int, budgets: int) -> list[int]:
+def survivors(losses: dict[int, list[float]], candidates: int, budgets: int, finalists: int = 1) -> list[int]:
     """Candidates that go on to the next budget.
 
     Args:
         losses: candidate -> dev losses of its annealed branches, one for each budget so far; of those that were still running.
         candidates: candidates at the start, k.
         budgets: budgets in all, R.
+        finalists: places at least, f.
 
     Returns:
-        At most ceil(k^(1 - r / (R - 1))) of them after budget r, best first: the ones of lowest last loss that have not turned. Empty
+        At most max(f, ceil(k^(1 - r / (R - 1)))) of them after budget r, best first: the ones of lowest last loss that have not turned. Empty
         after the last budget, or when all have turned.
 
     Source: Jamieson and Talwalkar 2016 (successive halving), with a rate that leaves one candidate for the last budget.
@@ -64,6 +65,6 @@ def survivors(losses: dict[int, list[float]], candidates: int, budgets: int) -> 
     done = len(next(iter(losses.values())))
     if done >= budgets:
         return []
-    places = math.ceil(candidates ** (1 - done / (budgets - 1)) - 1e-9)
+    places = max(finalists, math.ceil(candidates ** (1 - done / (budgets - 1)) - 1e-9))
     improving = [c for c, loss in losses.items() if len(loss) < 2 or loss[-1] < loss[-2]]
     return sorted(improving, key=lambda c: losses[c][-1])[:places]

@@ -425,7 +425,8 @@ def run_trial(job: Job, candidate: int, steps: int) -> None:
     found.trials.append({"candidate": candidate, "steps": steps, "dev_loss": dev_loss, "train_loss": train_loss})
     if dev_loss < found.best_loss:
         found.best_loss, found.best_weights = dev_loss, copy_state(job.model.state_dict())
-    log.info("trial %d: candidate %d, %d steps: train %.4f, dev %.4f", len(found.trials), candidate, steps, train_loss, dev_loss)
+    log.info("trial %d: candidate %d, %d steps: train %.4f, dev %.4f", len(found.trials), candidate, steps, train_loss, dev_loss,
+             extra={"metrics": {"step": steps, "trial": len(found.trials), "candidate": candidate, "train_loss": train_loss, "dev_loss": dev_loss}})
 
 
 def search(job: Job) -> None:
@@ -452,7 +453,7 @@ def search(job: Job) -> None:
                         f"train_tokens = {s.train_tokens:,}, seed = {s.seed})"
                     ) from None
         losses = {c: found.losses(c)[:done] for c in alive if c not in found.diverged}
-        alive = survivors(losses, len(s.candidates), len(s.budgets)) if losses else []
+        alive = survivors(losses, len(s.candidates), len(s.budgets), s.finalists) if losses else []
         found.trunks = {c: trunk for c, trunk in found.trunks.items() if c in alive}
         if not alive:
             break
@@ -551,16 +552,18 @@ def peak_memory_mb(device: torch.device) -> float:
     return kib / 2**20 if sys.platform == "darwin" else kib / 2**10  # bytes there, KiB elsewhere
 
 # %% ../../nbs/experiments/train.ipynb #58f45ab4
-def save_model(folder: Path, model: PreTrainedModel) -> None:
-    """Write `model/` for `from_pretrained`, whole or not at all.
+def save_model(folder: Path, model: PreTrainedModel, store: TokenStore) -> None:
+    """Write `model/` for `from_pretrained`, with its tokenizer, whole or not at all.
 
     Args:
         folder: of the run.
         model: to be saved.
+        store: token store that it was trained on.
     """
     temporary, final = folder / f".{MODEL}.tmp", folder / MODEL
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
+    store.save_tokenizer(temporary)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
 
@@ -584,7 +587,8 @@ _NOT_THE_RESULT = ("device", "processes")  # where it is computed
 def _open_job(s: TrainSettings, folder: Path, text: Text, checkpoint_seconds: float) -> Job:
     """Model, checkpoint and progress of a run in this process."""
     device = choose_device(s.device)
-    about = {key: getattr(s, key) for key in ("context_length", "train_tokens", "seed", "corpus", "tokenizer")}
+    about = {key: getattr(s, key) for key in ("context_length", "train_tokens", "seed")}
+    about |= {"corpus": Path(s.corpus).name, "data": text.store.digest, "tokenizer": text.store.manifest["tokenizer"]["name"]}  # no path travels
     config = gpt_config(text.store.vocab_size, s.layers, s.heads, s.width, s.max_context, eos_token_id=text.store.eod, ctxnb=about)
     identity = {key: value for key, value in asdict(s).items() if key not in _NOT_THE_RESULT}
     identity |= {"data": text.store.digest, "device": device.type, "torch": str(torch.__version__)}
@@ -651,7 +655,7 @@ def _train(
         started = time.perf_counter()
         losses = measure(job)
         job.found.eval_seconds += time.perf_counter() - started
-        save_model(folder, job.model)
+        save_model(folder, job.model, text.store)
         job.checkpoint.remove()
         return TrainResult(**losses, **describe(job))
 

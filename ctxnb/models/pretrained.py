@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from filelock import FileLock
 from .source import SMOLLM2, ModelSource, cached_commit, find_model, read_json
 from ..paths import data_dir
 from ..text.identity import recall, remember
-from ..text.tokenizers import bpe_size, load_tokenizer, pretrained_tokenizer, tokenizer_identity
+from ..text.tokenizers import load_tokenizer, pretrained_tokenizer, tokenizer_identity
 
 if TYPE_CHECKING:  # the planner of a grid looks models up without loading torch
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -101,6 +102,21 @@ def _check_causal(config: PreTrainedConfig, name: str) -> None:
             raise ValueError(f"model {name} is a {architecture}: expected a causal language model, whose architecture ends in {' or '.join(_CAUSAL)}")
 
 # %% ../../nbs/models/pretrained.ipynb #7500beb3
+@contextmanager
+def _quiet():
+    """Keep the tables and bars of `transformers` off the screen: what matters in them is raised as an error."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        transformers_logging.enable_progress_bar()
+
+
 def check_weights(
     source: ModelSource,
     trust_remote_code: bool = False,
@@ -120,8 +136,9 @@ def check_weights(
     from transformers import AutoModelForCausalLM
 
     options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trust_remote_code}
-    _, report = AutoModelForCausalLM.from_pretrained(
-        source.location, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    with _quiet():
+        _, report = AutoModelForCausalLM.from_pretrained(
+            source.location, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **options)
     _refuse_misfits(report, source.name)
     remember(about, {"fit": True})
 
@@ -278,7 +295,7 @@ def tokenizer_of(
         tokenizer_identity(source.location)
     except ValueError:
         trained_with = (getattr(config, "ctxnb", None) or {}).get("tokenizer")
-        if trained_with and not bpe_size(trained_with):  # one that was trained on another text is another tokenizer
+        if trained_with in ("bytes", "gpt2"):  # the others have files
             return trained_with
         raise ValueError(
             f"model folder {source.location} holds no tokenizer: name one with tokenizer = "
@@ -457,9 +474,10 @@ def load_model(
     options |= {"device_map": "auto"} if device == "all" else {}
     options |= {"revision": source.revision} if source.revision else {"local_files_only": True}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True, output_loading_info=True, **options)
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source.location, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True, output_loading_info=True, **options)
     except (ImportError, ValueError) as error:  # an attention implementation that is not there answers in kilobytes
         raise ValueError(f"model {source.name} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     _refuse_misfits(report, source.name)

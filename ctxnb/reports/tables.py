@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'KEY', 'SAME', 'TOLERANCE', 'check_same', 'read_table', 'unit_of', 'answers', 'prob_best_grows', 'growth',
            'headline', 'context_axis', 'legend_beside', 'mark_minimum', 'plot_curves', 'run_table', 'settings']
 
-# %% ../../nbs/reports/tables.ipynb #7705c5f3
+# %% ../../nbs/reports/tables.ipynb #523c8f17
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..figures import data_colours
 from ..stats.curves import Curve, measured_curves
 from ..stats.fitting import check_runs
 
-# %% ../../nbs/reports/tables.ipynb #8f623d28
+# %% ../../nbs/reports/tables.ipynb #573ea421
 _LOSSES = ("context_length", "seed", "loss")
 COLUMNS = {
     "runs": ("train_tokens", *_LOSSES),
@@ -31,7 +31,7 @@ COLUMNS = {
 KEY = {"runs": ("train_tokens", "context_length", "seed"), "train": ("train_tokens", "context_length", "seed"),
        "synthetic": ("train_samples", "context_length", "seed"), "measure": ("model_name", "corpus", "context_length")}
 _TEXT = ("corpus", "text_column", "percent", "start_from", "min_tokens", "tokenizer", "max_context", "segment_tokens", "test_targets",
-         "targets_seed", "layers", "heads", "width", "objective", "attention_window", "mixed_lengths")
+         "targets_seed", "layers", "heads", "width", "objective", "blocks")
 SAME = {"runs": _TEXT, "train": _TEXT, "synthetic": ("tasks", "model", "width", "middle_width", "head_width", "layers", "heads", "test_samples"),
         "measure": ("document", "position", "model_identity", "dtype", "bos", "data", "layers")}
 
@@ -56,7 +56,7 @@ def check_same(table: pd.DataFrame, columns: Sequence[str], name: str = "the tab
             shown = ", ".join(value[:40] for value in sorted(values)[:4])
             raise ValueError(f"{name}: the runs differ in {column} ({shown}), so they cannot be compared: filter the table first")
 
-# %% ../../nbs/reports/tables.ipynb #6c5b16da
+# %% ../../nbs/reports/tables.ipynb #a5d7a76f
 def read_table(path: Path | str, kind: str = "train", **filters: object) -> pd.DataFrame:
     """Read a results table.
 
@@ -111,7 +111,7 @@ def unit_of(table: pd.DataFrame) -> str:
     """
     return "bit" if "tasks" in table else "byte" if "tokenizer" in table and (table.tokenizer == "bytes").all() else "token"
 
-# %% ../../nbs/reports/tables.ipynb #70630405
+# %% ../../nbs/reports/tables.ipynb #14c64f1a
 TOLERANCE = 0.01  # nats that a shorter context may cost
 
 
@@ -161,7 +161,7 @@ def growth(curves: Sequence[Curve]) -> str:
     up, down = prob_best_grows(curves), prob_best_grows(curves[::-1])
     return "grows with the data" if up > 0.975 else "falls with the data" if down > 0.975 else "is not shown to move with the data"
 
-# %% ../../nbs/reports/tables.ipynb #92be3a4b
+# %% ../../nbs/reports/tables.ipynb #112a6955
 def _range(low: int, high: int) -> str:
     return f"{low} to {high}" if low != high else f"only {low}"
 
@@ -189,7 +189,7 @@ def headline(curves: Sequence[Curve], unit: str = "token", tolerance: float = TO
     return "\n".join([f"Best context length l (visible {unit}s) by amount of training data D; loss at exactly l visible {unit}s:", "", *lines, "",
                       f"Ranges hold 95 % of the draws over {drawn}; lengths are compared on the same subsets, seeds and targets.{note}"])
 
-# %% ../../nbs/reports/tables.ipynb #b6fa9e21
+# %% ../../nbs/reports/tables.ipynb #2e08aeac
 def context_axis(axis: plt.Axes, lengths: Sequence[int], label: str = "context length (visible tokens)") -> None:
     """A logarithmic axis with a tick at each length.
 
@@ -248,7 +248,6 @@ def plot_curves(curves: Sequence[Curve], unit: str = "token") -> Figure:
         right.errorbar(shifted, rows.excess, [rows.excess - rows.low, rows.high - rows.excess], color=colour, fmt="o-", ms=3, lw=1, capsize=2,
                        label=f"{curve.size:,}")
     right.axhline(0, color="0.4", lw=0.8)
-    right.set_yscale("symlog", linthresh=0.05)
     for axis in (left, right):
         context_axis(axis, curves[0].context_length, f"context length (visible {unit}s)")
     left.set(ylabel=f"cross-entropy (nats per {unit})", title="loss")
@@ -258,7 +257,7 @@ def plot_curves(curves: Sequence[Curve], unit: str = "token") -> Figure:
     figure.tight_layout()
     return figure
 
-# %% ../../nbs/reports/tables.ipynb #cf1c3966
+# %% ../../nbs/reports/tables.ipynb #6142fe4e
 def run_table(table: pd.DataFrame, runs: Path | str) -> str:
     """HTML table of the runs, each linked to its executed notebook where that is at hand.
 

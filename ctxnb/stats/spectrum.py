@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_THRESHOLDS', 'StreamingCovariance', 'eigenvalue_spectrum', 'dimension_by_threshold', 'participation_ratio',
-           'log_eigenvalue_sum', 'oas_weight', 'gaussian_entropy']
+           'unbiased_participation_ratio', 'log_eigenvalue_sum', 'oas_weight', 'gaussian_entropy']
 
 # %% ../../nbs/stats/spectrum.ipynb #687379ff
 from collections.abc import Sequence
@@ -241,6 +241,29 @@ def participation_ratio(eigenvalues: np.ndarray) -> float:
     values = _checked_spectrum(eigenvalues)
     share = values / values.sum()
     return float(1 / (share**2).sum())
+
+# %% ../../nbs/stats/spectrum.ipynb #32cbffcf
+def unbiased_participation_ratio(eigenvalues: np.ndarray, samples: int) -> float:
+    """Participation ratio without the bias of a finite sample.
+
+    Args:
+        eigenvalues: array [d] of the sample covariance's eigenvalues (divisor n - 1), any order, squared units of the features.
+        samples: number n of independent samples, at least 3.
+
+    Returns:
+        An estimate of (tr Sigma)^2 / tr Sigma^2; infinite where the sample shows no more than its own noise.
+
+    Raises:
+        ValueError: constant features, eigenvalues that are negative or not finite, or fewer than 3 samples.
+
+    Source: Srivastava (2005) for the two traces; {eq}`eq-participation-unbiased`.
+    """
+    if samples < 3:
+        raise ValueError(f"samples must be at least 3, got {samples}")
+    values, nu = _checked_spectrum(eigenvalues), samples - 1
+    first, second = values.sum() ** 2, (values**2).sum()
+    square = nu**2 / ((nu - 1) * (nu + 2)) * (second - first / nu)
+    return float((first - 2 * square / nu) / square) if square > 0 else float("inf")
 
 # %% ../../nbs/stats/spectrum.ipynb #8e424a6a
 def log_eigenvalue_sum(eigenvalues: np.ndarray, n_terms: Sequence[int] | int) -> np.ndarray:

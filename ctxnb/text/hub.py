@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OPENWEBTEXT', 'OPENWEBTEXT_DOCUMENTS', 'HubDataset', 'parse_hub', 'document_window', 'stream_rows', 'hub_corpus']
 
-# %% ../../nbs/text/hub.ipynb #64ca2b85
+# %% ../../nbs/text/hub.ipynb #b0e9dc19
+import functools
 import math
 import re
 import sys
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 from .documents import Corpus, column_text
 
-# %% ../../nbs/text/hub.ipynb #456d9b48
+# %% ../../nbs/text/hub.ipynb #4bf8d067
 @dataclass(frozen=True)
 class HubDataset:
     """One split of a data set on the hub.
@@ -53,7 +54,7 @@ def parse_hub(
     dataset, config, split, revision = match.groups()
     return HubDataset(dataset, config or "", split or "train", revision or "main")
 
-# %% ../../nbs/text/hub.ipynb #8bb49afd
+# %% ../../nbs/text/hub.ipynb #2eb09c9b
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_DOCUMENTS = 8_013_769  # nanoGPT's count, data/openwebtext/readme.md
 
@@ -92,7 +93,7 @@ def document_window(
         raise ValueError(f"percent={percent} of {documents:,} documents is less than one document")
     return first, count
 
-# %% ../../nbs/text/hub.ipynb #760c4089
+# %% ../../nbs/text/hub.ipynb #ad3e7be9
 _ATTEMPTS, _PAUSE = 5, 1.0  # pause before the second attempt, seconds; doubled each time
 
 
@@ -127,7 +128,9 @@ def stream_rows(
                     return
         except Exception as error:  # each client has its own classes, and they change between versions
             attempts += 1
-            if attempts == _ATTEMPTS or not _may_pass(error):
+            if not _may_pass(error):
+                raise
+            if attempts == _ATTEMPTS:
                 raise ConnectionError(f"{name} broke at row {index:,}, {attempts} times: {type(error).__name__}: {str(error)[:300]}") from error
             print(f"{name} broke at row {index:,} ({type(error).__name__}): going on there", file=sys.stderr)
             time.sleep(_PAUSE * 2 ** (attempts - 1))
@@ -139,14 +142,13 @@ def stream_rows(
 
 def _may_pass(error: Exception) -> bool:
     """Whether another attempt may end otherwise: not where the data set, its split or its column does not exist."""
-    return not isinstance(error, (FileNotFoundError, KeyError, TypeError, AttributeError, NotImplementedError, ImportError))
+    return type(error) is not ValueError and not isinstance(error, (FileNotFoundError, KeyError, TypeError, AttributeError, NotImplementedError, ImportError))
 
-# %% ../../nbs/text/hub.ipynb #8b63590c
+# %% ../../nbs/text/hub.ipynb #7b5bbb24
 _TIMEOUT = 5.0  # seconds for one request to the hub; a reachable hub answers in well under one
 
 
-def _open_dataset(dataset: HubDataset):
-    """Streamed split of a data set, or an error at once when the hub can't be reached."""
+def _reach(dataset: HubDataset) -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -157,6 +159,11 @@ def _open_dataset(dataset: HubDataset):
             f"corpus {dataset.id!r} is streamed from {constants.ENDPOINT}, which can't be reached "
             f"({type(error).__name__}: {error}); use a machine with the network, or files of your own"
         ) from None
+
+
+@functools.lru_cache(maxsize=4)
+def _open_dataset(dataset: HubDataset):
+    """Streamed split of a data set; the first rows are read to find its columns."""
     import datasets
 
     try:
@@ -195,8 +202,9 @@ def hub_corpus(
     """
 
     def records() -> Iterator[tuple[str, str | ValueError]]:
-        opened, (first, count) = _open_dataset(dataset), window or (0, None)
-        for index, row in stream_rows(lambda row: opened.skip(row), first, count, f"data set {dataset.id}"):
+        _reach(dataset)
+        first, count = window or (0, None)
+        for index, row in stream_rows(lambda row: _open_dataset(dataset).skip(row), first, count, f"data set {dataset.id}"):
             yield str(index), column_text(row, text_column, f"document {index} of {dataset.id}")
 
     def identify() -> dict:

@@ -24,7 +24,7 @@ class Packed:
     Args:
         data: training subset; its pieces may be shorter than a window.
         context_length: visible tokens l.
-        eod: id of the end of a document, which stands nowhere in the text.
+        eod: id of the end of a document, which does not occur in the text.
     """
 
     data: Subset

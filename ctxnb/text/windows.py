@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from ctxnb.text.tokens import TokenStore
 
 # %% auto #0
-__all__ = ['Subset', 'subset', 'windows_per_step', 'micro_batches', 'Windows', 'target_weights', 'Targets', 'draw_targets',
-           'draw_training_targets']
+__all__ = ['Subset', 'subset', 'micro_batches', 'Windows', 'target_weights', 'Targets', 'draw_targets', 'draw_training_targets']
 
 # %% ../../nbs/text/windows.ipynb #0fb0675d
 @dataclass(frozen=True)
@@ -82,32 +81,6 @@ def _pieces(store: TokenStore, segment_tokens: int) -> tuple[np.ndarray, np.ndar
     return np.repeat(starts, parts) + offset, np.minimum(segment_tokens, np.repeat(sizes, parts) - offset)
 
 # %% ../../nbs/text/windows.ipynb #dedb9b93
-def windows_per_step(tokens_per_step: int, context_length: int) -> int:
-    """Number of windows whose l targets each make up one step.
-
-    Args:
-        tokens_per_step: predicted tokens per weight update.
-        context_length: visible tokens l.
-
-    Returns:
-        `tokens_per_step / context_length`, a whole number of at least 1.
-
-    Raises:
-        ValueError: when it does not divide; the nearest values that do are named.
-    """
-    if context_length < 1:
-        raise ValueError(f"context_length = {context_length}: expected at least 1 visible token")
-    windows, rest = divmod(tokens_per_step, context_length)
-    if rest or windows < 1:
-        below, above = windows * context_length, (windows + 1) * context_length
-        near = f"{below:,} or {above:,}" if below else f"{above:,}"
-        raise ValueError(
-            f"tokens_per_step = {tokens_per_step:,} is no multiple of context_length = {context_length:,}: "
-            f"expected for example {near}, so that every context length trains on equally many tokens a step"
-        )
-    return windows
-
-
 def micro_batches(windows: int, context_length: int, micro_tokens: int) -> int:
     """Smallest number of equal micro-batches of at most `micro_tokens` tokens (one window at least).
 

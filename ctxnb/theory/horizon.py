@@ -66,7 +66,7 @@ def horizon_loss(
     Returns:
         Float array [k], nats.
 
-    Source: eq-collapse has the limits of Cagnetta et al., arXiv 2602.07488; the curve between them is ours.
+    Source: eq-horizon-collapse has the limits of Cagnetta et al., arXiv 2602.07488; the curve between them is ours.
     """
     l, x = np.asarray(context_length, float), np.asarray(train_tokens, float) / (scale * np.asarray(context_length, float) ** (2 * beta))
     return floor + amplitude * l**-gamma * (1 + x**-delta) ** (gamma / (2 * beta * delta))

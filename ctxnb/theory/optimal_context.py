@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TURN', 'CONTINUOUS', 'ContextLaw', 'Optimum', 'optimal_dimension', 'optimal_context', 'numeric_optimum',
-           'critical_coordinate', 'critical_tokens', 'amplitude_optimum', 'MeasuredCurve']
+           'critical_coordinate', 'critical_tokens', 'amplitude_optimum']
 
 # %% ../../nbs/theory/optimal_context.ipynb #cd311dc2
 from dataclasses import dataclass
@@ -279,58 +279,3 @@ def amplitude_optimum(
     if growth == 0:
         return np.inf
     return float((gain * gamma * train_tokens**alpha / (penalty * growth)) ** (1 / (gamma + growth)))
-
-# %% ../../nbs/theory/optimal_context.ipynb #e321aedd
-@dataclass(frozen=True)
-class MeasuredCurve:
-    """Mean loss against context length, with bootstrap replicates.
-
-    Args:
-        context_length: int [L], ascending, tokens.
-        loss: float [L], mean loss, nats.
-        replicates: float [B, L], the same mean of resampled units.
-    """
-
-    context_length: np.ndarray
-    loss: np.ndarray
-    replicates: np.ndarray
-
-    @property
-    def best(self) -> int:
-        """Context length with the smallest mean loss."""
-        return int(self.context_length[self.loss.argmin()])
-
-    @property
-    def bracketed(self) -> bool:
-        """Whether the best length lies inside the grid, not at its edge."""
-        return 0 < self.loss.argmin() < len(self.loss) - 1
-
-    @property
-    def support(self) -> float:
-        """Share of the replicates in which the best length is best."""
-        return float((self.replicates.argmin(axis=1) == self.loss.argmin()).mean())
-
-    def best_interval(self, level: float = 0.95) -> tuple[int, int]:
-        """Range of context lengths that holds the best one of a share `level` of the replicates.
-
-        Args:
-            level: coverage.
-
-        Returns:
-            Smallest and largest length of the central range; both are lengths of the grid.
-        """
-        index = np.sort(self.replicates.argmin(axis=1))
-        ends = np.quantile(index, [(1 - level) / 2, (1 + level) / 2], method="nearest")
-        return int(self.context_length[ends[0]]), int(self.context_length[ends[1]])
-
-    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Percentile interval of each mean loss.
-
-        Args:
-            level: coverage.
-
-        Returns:
-            Lower and upper ends, each [L], nats.
-        """
-        low, high = np.quantile(self.replicates, [(1 - level) / 2, (1 + level) / 2], axis=0)
-        return low, high

@@ -8,7 +8,7 @@ __all__ = ['FAR', 'FLAT', 'STEPS', 'MIN_LENGTHS', 'MIN_SIZES', 'MIN_SPARE_CELLS'
            'useful_lengths', 'Refusal', 'Advice', 'Pilots', 'hold_out_largest', 'fit_pilots', 'plan', 'advise_from',
            'describe']
 
-# %% ../../nbs/theory/planner.ipynb #a8fdf7e5
+# %% ../../nbs/theory/planner.ipynb #e0af2ef8
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +22,7 @@ from ..stats.curves import Curve, measured_curves
 from ..stats.fitting import Cells, Fit, cells_of, check_runs, fit_joint, lack_of_fit
 from ..stats.laws import JOINT_LAWS, Form
 
-# %% ../../nbs/theory/planner.ipynb #fc7f9723
+# %% ../../nbs/theory/planner.ipynb #07eeb493
 FAR = 1e4  # times the longest pilot context: an optimum beyond is "unbounded"
 FLAT = 1e-9  # nats; a rise smaller than this is no reason to stop at a shorter context
 STEPS = 600  # of the grid in ln l
@@ -75,7 +75,7 @@ def useful_lengths(form: Form, parameters: np.ndarray, train_tokens: float, shor
     grid, loss = _law_losses(form, parameters, train_tokens, shortest, longest)
     return np.exp(grid)[(loss <= loss.min(axis=1, keepdims=True) + tolerance).argmax(axis=1)]
 
-# %% ../../nbs/theory/planner.ipynb #6c4cba32
+# %% ../../nbs/theory/planner.ipynb #fc53e272
 MIN_LENGTHS, MIN_SIZES, MIN_SPARE_CELLS = 4, 3, 5
 MAX_DATA_REACH, MAX_LENGTH_REACH, MAX_WIDTH = 10.0, 4.0, 16.0
 MIN_R2, LACK, MISMATCH = 0.8, 1e-3, 0.01
@@ -87,7 +87,7 @@ LEAST_WEIGHT = 0.005  # a law with a smaller Akaike weight gets no draws
 class Refusal(Exception):
     """The pilots cannot support the advice that was asked for; the message says why."""
 
-# %% ../../nbs/theory/planner.ipynb #2fab00fa
+# %% ../../nbs/theory/planner.ipynb #be545497
 @dataclass(frozen=True)
 class Advice:
     """A context length for a data size, and how sure one may be.
@@ -173,7 +173,7 @@ class Pilots:
         """Shortest and longest context length, tokens."""
         return self.runs.context_length.min(), self.runs.context_length.max()
 
-# %% ../../nbs/theory/planner.ipynb #30a093d5
+# %% ../../nbs/theory/planner.ipynb #1bb148cd
 def _check_design(runs: pd.DataFrame) -> None:
     """Rule 1."""
     lengths, sizes = runs.context_length.nunique(), runs.train_tokens.nunique()
@@ -209,7 +209,7 @@ def _fit_laws(runs: pd.DataFrame, forms: Sequence[str] | None) -> tuple[dict[str
     weights = np.exp(-0.5 * (aicc - aicc.min()))
     return fits, {name: float(weight) for name, weight in (weights / weights.sum()).items()}
 
-# %% ../../nbs/theory/planner.ipynb #a3ff0296
+# %% ../../nbs/theory/planner.ipynb #0e35e695
 def hold_out_largest(table: pd.DataFrame, forms: Sequence[str] | None = None, resamples: int = 400, seed: int = 0) -> pd.DataFrame:
     """Predict the cells with the most data from all the others.
 
@@ -259,7 +259,7 @@ def _check_held_out(held: pd.DataFrame, curve: Curve | None) -> float:
                           f"{row.excess:.3f} nats ({row.low:.3f} to {row.high:.3f}): add sizes between, or larger pilots")
     return max(1.0, float(np.sqrt((((held.measured - held.predicted) / held.se) ** 2).mean())))
 
-# %% ../../nbs/theory/planner.ipynb #cbe6fb9d
+# %% ../../nbs/theory/planner.ipynb #9dbe7aea
 def _check_paired(best: Fit, curves: Sequence[Curve]) -> None:
     """Rule 8."""
     tests = sum(len(curve.context_length) - 1 for curve in curves)
@@ -331,7 +331,7 @@ def _whole_curves(runs: pd.DataFrame) -> list[Curve]:
         found += measured_curves(part, resamples=1000) if whole.any() else []
     return found
 
-# %% ../../nbs/theory/planner.ipynb #17089437
+# %% ../../nbs/theory/planner.ipynb #a13c85ae
 def plan(table: pd.DataFrame, train_tokens: float, *, forms: Sequence[str] | None = None, tolerance: float = TOLERANCE,
          resamples: int = 1000, seed: int = 0) -> Advice:
     """Advise a context length for a data size from pilot runs.
@@ -400,7 +400,7 @@ def advise_from(pilots: Pilots, train_tokens: float, tolerance: float = TOLERANC
         held_out=None if held is None else (int(held.inside.sum()), len(held), float((held.measured - held.predicted).abs().max())), runs=len(pilots.runs))
     return replace(advice, notes=tuple(_notes(pilots, advice, share)))
 
-# %% ../../nbs/theory/planner.ipynb #bcc06062
+# %% ../../nbs/theory/planner.ipynb #44ba3c6f
 def _check_interval(point: float, low: float, high: float, share: float, longest: float) -> None:
     if np.isinf(high) and low < longest:
         raise Refusal(f"the data do not tell whether an optimum exists: in {share:.0%} of the draws longer is always better, in the others the optimum "
@@ -452,7 +452,7 @@ def _notes(pilots: Pilots, advice: Advice, share: float) -> Iterator[str]:
     if advice.train_tokens > largest:
         yield f"an extrapolation by a factor of {advice.train_tokens / largest:.3g} in the data"
 
-# %% ../../nbs/theory/planner.ipynb #fa1439a4
+# %% ../../nbs/theory/planner.ipynb #f6063528
 def describe(advice: Advice, unit: str = "token") -> str:
     """The advice in words, with the table of regrets.
 
