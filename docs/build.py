@@ -31,9 +31,9 @@ SOURCE, STATIC, HTML = WORK / "source", WORK / "static", WORK / "html"
 
 # Sidebar: title, folder under nbs/, reading order of the names known to have one (others follow by name).
 SECTIONS: list[tuple[str, str, str]] = [
-    ("Results", "results", "advice train train_sweep counts horizon contest synthetic synthetic_sweep synthetic_features measure measure_features measure_own"),
+    ("Results", "results", "advice train train_sweep counts horizon contest synthetic synthetic_sweep synthetic_features measure measure_features measure_own tasks"),
     ("Try it", "try", "train synthetic measure"),
-    ("Theory", "theory", "why decomposition bayes_risk recovery approximation optimal_context horizon assumptions planner"),
+    ("Theory", "theory", "why decomposition bayes_risk recovery approximation optimal_context horizon planner"),
     ("Statistics", "stats", "laws solver fitting bootstrap curves spectrum intrinsic_entropy sources hierarchy lagged"),
     ("Text", "text", "corpus files hub documents tokenizers tokens store identity overlap windows packing retrieval ruler xor_tasks xor_strings"),
     ("Models", "models", "gpt source pretrained xor"),

@@ -273,7 +273,7 @@ def two_hosts(project):
     hosts = {json.loads(path.read_text())["host"] for path in project.runs.glob("work-*/status.json")}
     assert attempts(project) == ["x", "x"] and hosts <= {"other", socket.gethostname()}
     exit, said = project.call("run")
-    assert all(code == 0 for code, _ in outputs)
+    assert all(code in (0, 3) for code, _ in outputs)
     return Observed(exit, said, project.disk(), f"nothing to do: {project.counts(said)}; no run was begun twice")
 
 

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from ctxnb.batch.grid import read_grid
-from ctxnb.experiments.tasks import answer_losses, continue_from, decode_greedily, last_logits, make_tasks, read_once, score_tasks
+from ctxnb.experiments.tasks import KINDS, answer_losses, continue_from, decode_greedily, last_logits, make_tasks, read_once, score_tasks
 from ctxnb.paths import project_root
 from ctxnb.text.retrieval import distance_strata, encode
 from ctxnb.text.tokenizers import load_tokenizer
@@ -87,7 +87,7 @@ def test_scores_do_not_depend_on_sharing(family):
 
 
 @pytest.mark.parametrize("length", [128, 256, 1024, 4096])
-@pytest.mark.parametrize("kind", ["single", "multi", "two", "vt", "cwe", "fwe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_at_every_length(kind, length):
     """Contexts have exactly the length asked for, the evidence is where its distance says, and seeds decide everything."""
     store, tokenizer = token_store("sotu", "gpt2"), load_tokenizer("gpt2")
@@ -112,7 +112,7 @@ def test_every_kind_at_every_length(kind, length):
 def test_grid_is_sound():
     """The committed grid asks for kinds and lengths that exist, with the whole context as its largest view."""
     grid = read_grid(project_root() / "data" / "grids" / "standard" / "tasks.toml")
-    assert set(grid.axes["kind"]) == {"single", "multi", "two", "vt", "cwe", "fwe"}
+    assert set(grid.axes["kind"]) <= set(KINDS)
     settings = grid.template.defaults | grid.parameters
     assert settings["fractions"] == sorted(settings["fractions"]) and settings["fractions"][-1] == 1.0
     assert min(grid.axes["length"]) * settings["fractions"][0] >= settings["nearest"]

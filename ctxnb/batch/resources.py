@@ -6,6 +6,7 @@
 __all__ = ['Resources', 'typed', 'leaves', 'read_toml', 'read_resources']
 
 # %% ../../nbs/batch/resources.ipynb #faeb8095
+import math
 import os
 import tomllib
 from collections.abc import Iterator
@@ -160,9 +161,10 @@ def read_resources(
     resources, both = Resources(**chosen), f"{where}{f' with {users}' if users else ''}"
     if resources.runs_per_gpu > 1 and resources.gpus != 1:  # only now: each may come from another file
         raise GridError(f"{both}: runs_per_gpu = {resources.runs_per_gpu} and gpus = {resources.gpus}: expected gpus = 1 where runs share a GPU")
-    if resources.warn_seconds >= resources.hours * 1800:
-        raise GridError(f"{both}: warn_seconds = {resources.warn_seconds}: expected less than half of hours = {resources.hours:g} "
-                        f"({resources.hours * 3600:g} s), or a job is told to stop before it has done anything")
+    limit = 60 * math.ceil(60 * resources.hours)  # Slurm counts in minutes
+    if resources.warn_seconds >= limit:
+        raise GridError(f"{both}: warn_seconds = {resources.warn_seconds}: expected less than the time limit of {limit} s (hours = {resources.hours:g}), or "
+                        "every job is told to stop as soon as it starts")
     return resources
 
 

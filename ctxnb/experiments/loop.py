@@ -24,7 +24,7 @@ log = logging.getLogger("ctxnb")
 
 # %% auto #0
 __all__ = ['log', 'T', 'choose_device', 'Progress', 'copy_state', 'Checkpoint', 'out_of_memory', 'MicroBatch', 'TrainingDiverged',
-           'mean_loss', 'fit', 'out_of_patience']
+           'add_losses', 'fit', 'out_of_patience']
 
 # %% ../../nbs/experiments/loop.ipynb #a1e9ae74
 def choose_device(device: str) -> torch.device:
@@ -56,6 +56,8 @@ class Progress:
         best_step: updates done when it was measured.
         best_weights: weights of that moment, name -> tensor.
         history: [step, training loss since the last measurement, dev loss] of each measurement.
+        loss_sum: sum of the training losses since the last measurement, nats.
+        loss_steps: number of updates in it.
         train_seconds: time spent on updates.
         eval_seconds: time spent on measurements.
     """
@@ -66,6 +68,8 @@ class Progress:
     best_step: int = 0
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     history: list[list[float]] = field(default_factory=list)
+    loss_sum: float = 0.0
+    loss_steps: int = 0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
 
@@ -191,28 +195,30 @@ class TrainingDiverged(RuntimeError):
     """Training loss became infinite, not a number, or worse than guessing."""
 
 
-def mean_loss(losses: torch.Tensor, last_step: int, limit: float = math.inf) -> float:
-    """Mean of the training losses of consecutive steps.
+def add_losses(progress: Progress, losses: torch.Tensor, limit: float = math.inf) -> float:
+    """Add the training losses of the last steps to the mean since the last measurement.
 
     Args:
-        losses: float [n], losses of the n steps up to `last_step`.
-        last_step: number of the last one.
+        progress: where the run stands, after these steps.
+        losses: float [n], losses of the last n steps.
         limit: largest mean that is not called divergence, nats.
 
     Returns:
-        Their mean, nats.
+        Mean training loss since the last measurement, nats.
 
     Raises:
-        TrainingDiverged: when one of them is not finite, or the mean exceeds the limit.
+        TrainingDiverged: when one of the losses is not finite, or the mean exceeds the limit.
     """
-    losses = losses.cpu()
+    losses = losses.double().cpu()
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         at = int(bad[0])
-        raise TrainingDiverged(f"training loss is {float(losses[at])} at step {last_step - len(losses) + 1 + at:,}")
-    if (mean := float(losses.mean())) > limit:
+        raise TrainingDiverged(f"training loss is {float(losses[at])} at step {progress.step - len(losses) + at:,}")
+    progress.loss_sum += float(losses.sum())
+    progress.loss_steps += len(losses)
+    if (mean := progress.loss_sum / progress.loss_steps) > limit:
         raise TrainingDiverged(
-            f"mean training loss since the last measurement is {mean:.3g} nats at step {last_step:,}, worse than guessing (limit {limit:.3g})"
+            f"mean training loss since the last measurement is {mean:.3g} nats at step {progress.step - 1:,}, worse than guessing (limit {limit:.3g})"
         )
     return mean
 
@@ -252,18 +258,14 @@ def fit(
         quiet: show no progress bar.
 
     Returns:
-        Mean training loss of the steps since the last measurement before `until`, nats; NaN where no step was left.
+        Mean training loss since the last measurement, nats, also of a run that was resumed after its last step; NaN after a measurement.
 
     Raises:
-        TrainingDiverged: see `mean_loss`; also when the dev loss is not finite.
+        TrainingDiverged: see `add_losses`; also when the dev loss is not finite.
     """
     losses: list[torch.Tensor] = []
-    train_loss = math.nan
     bar = tqdm(total=until, initial=progress.step, unit="step", desc=label, **({"disable": True} if quiet else {}))
     started = time.perf_counter()
-
-    def look(limit: float) -> float:
-        return mean_loss(mean_over(torch.stack(losses)), progress.step - 1, limit)
 
     while progress.step < until and not progress.stopped:
         losses.append(update(progress.step))
@@ -271,16 +273,16 @@ def fit(
         bar.update()
         at_point = progress.step in points
         if at_point or progress.step == until or progress.step % _LOOK == 0:
-            train_loss = look(limit if at_point or progress.step == until else math.inf)
+            train_loss = add_losses(progress, mean_over(torch.stack(losses)), limit if at_point or progress.step == until else math.inf)
+            losses = []
             log.info("%s, step %d/%d: train %.4f", label, progress.step, until, train_loss)
             progress.train_seconds += time.perf_counter() - started
             if at_point:
                 _note(progress, train_loss, measure, weights, stop)
-                losses = []
             save()
             started = time.perf_counter()
     bar.close()
-    return train_loss
+    return progress.loss_sum / progress.loss_steps if progress.loss_steps else math.nan
 
 
 def _note(progress: Progress, train_loss: float, measure, weights, stop) -> None:
@@ -291,6 +293,7 @@ def _note(progress: Progress, train_loss: float, measure, weights, stop) -> None
     if not math.isfinite(dev_loss):
         raise TrainingDiverged(f"dev loss is {dev_loss} after step {progress.step:,}")
     progress.history.append([progress.step, train_loss, dev_loss])
+    progress.loss_sum, progress.loss_steps = 0.0, 0
     if dev_loss < progress.best_loss:
         progress.best_loss, progress.best_step = dev_loss, progress.step
         progress.best_weights = copy_state(weights()) if weights else {}
