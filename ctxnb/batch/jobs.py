@@ -108,7 +108,7 @@ def live_jobs(
     jobs = (Job(*line.split("|", 2)) for line in done.stdout.splitlines() if line.count("|") >= 2)
     return {job.id: job for job in jobs}
 
-
+# %% ../../nbs/batch/jobs.ipynb #a4e37291
 def queued_runs(
     runs: Path,
 ) -> dict[str, Job]:

@@ -326,7 +326,7 @@ def launch(
     finally:
         _stop(pool)
 
-
+# %% ../../nbs/batch/launch.ipynb #2cb69197
 def _all_of(todo: list[Run], plan: Plan, pool: ProcessPool, slots: list[WorkerSlot], engine: str, in_job: bool) -> Counter:
     """Outcomes of all runs, once they have ended."""
     outcomes: Counter = Counter()

@@ -93,7 +93,7 @@ def without_names(
 
     return clean(thing)
 
-
+# %% ../../nbs/batch/privacy.ipynb #5ffe3d36
 def _whole_paths(values: Iterable[Any], folders: dict[str, Path]) -> list[tuple[re.Pattern, str]]:
     """Absolute paths among known texts, the longest first, with what remains of each: `.../<last part>`."""
     paths = {text for text in values if isinstance(text, str) and Path(text).expanduser().is_absolute() and Path(text).name}

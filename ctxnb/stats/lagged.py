@@ -354,12 +354,12 @@ def _refusal(lags: np.ndarray, log_norm: np.ndarray, interval: tuple[float, floa
     """Why the values follow no power law, in words; empty when nothing speaks against it."""
     if interval[0] < 0.05:
         return f"the covariance does not fall with the lag: the interval of beta is {interval[0]:.2f} to {interval[1]:.2f}"
-    if scatter > MAX_SCATTER:
-        return f"the covariance scatters by a factor {np.exp(scatter):.1f} around the best power of the lag"
     straight = np.polyfit(lags, log_norm, 1)
     exponential = float((log_norm - np.polyval(straight, lags)).std())
     if exponential < 0.8 * scatter:
         return f"the covariance falls as exp(-lag / {-1 / straight[0]:.1f}), not as a power: a finite memory (scatter {exponential:.2f} against {scatter:.2f})"
+    if scatter > MAX_SCATTER:
+        return f"the covariance scatters by a factor {np.exp(scatter):.1f} around the best power of the lag"
     return ""
 
 # %% ../../nbs/stats/lagged.ipynb #cf5ca3cd
