@@ -31,7 +31,7 @@ from .execute import execute_run
 from .grid import Grid, bullets
 from .jobs import Job, queued_runs
 from .machine import WorkerSlot, hardware, own_cores, slots_for, take_slot, visible_gpus
-from .runs import DataSource, Run, runs_of
+from .runs import DataSource, Run, prepared, runs_of
 from .states import RunState, partial_path, read_status, run_lock, states_of, write_status
 from .template import GridError, load
 
@@ -128,7 +128,7 @@ def _checked(planned: Plan, source: DataSource) -> tuple[list[str], list[str]]:
         data = source.open(run.parameters)
         if problem := source.problem(run.parameters):
             refused.append(f"its data cannot be read, with paths from {run.base}: {problem}")
-        elif hasattr(settings, "check") and (data is not None or not planned.grid.data_source):
+        elif hasattr(settings, "check") and (prepared(data) or not planned.grid.data_source):
             try:
                 with contextlib.chdir(run.base):
                     warnings += settings(**run.parameters).check(data) or []

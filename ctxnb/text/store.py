@@ -264,6 +264,8 @@ class KnownStore:
 
     Args:
         digest: its digest.
+        prepared: False: there is nothing to read.
     """
 
     digest: str
+    prepared: bool = False
