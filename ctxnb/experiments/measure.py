@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .loop import MicroBatch
 from .measure_pass import Measurement, measure_windows, passage_losses
 from .measure_targets import draw_target_table, position_sample, read_target_table, recurrence, target_windows
 from .representation import representation
@@ -319,6 +318,8 @@ def measure(
 
 def _measured(s: MeasureSettings, text: MeasuredText, loaded: PreTrainedModel, targets: pd.DataFrame, bos: int | None) -> tuple[dict, Measurement]:
     """The pass over the targets' windows, and what it gives."""
+    from ctxnb.experiments.loop import MicroBatch  # brings torch, which looking at a text and a model does without
+
     if loaded.device.type == "cuda":
         import torch
 
