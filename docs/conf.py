@@ -31,7 +31,9 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx.ext.mathjax",
+    "sphinx_copybutton",
 ]
+copybutton_selector = "div.highlight:not(.cell_output *) > pre"  # code to run, not what it printed
 
 # notebooks: shown as they were run, never run by Sphinx
 nb_execution_mode = "off"
