@@ -40,7 +40,7 @@ SECTIONS: list[tuple[str, str, str]] = [
     ("Experiments", "experiments", "train schema schedule loop losses group counts synthetic synthetic_features measure measure_targets measure_pass representation conventions tasks needle languages horizon"),
     ("Reports", "reports", "tables train synthetic measure tasks"),
     ("Batch", "batch", "cluster template grid resources runs record states execute engine machine launch jobs slurm script cancel results verify live privacy code"),
-    ("About", "about", "claims log cite contribute start"),
+    ("About", "about", "claims glossary references log cite contribute start"),
     ("Run templates", "runs", ""),
 ]
 ROOT_PAGES = "about"  # notebooks beside index.ipynb belong to this section

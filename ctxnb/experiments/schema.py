@@ -138,9 +138,9 @@ class TrainSettings:
             lengths.append(lengths[-1] // 2)
         return lengths
 
-    def check(self, store: TokenStore) -> list[str]:
-        """Check the settings against the text they name, which a plan calls; see `check_text`."""
-        return check_text(self, store)
+    def check(self, store: TokenStore | None) -> list[str]:
+        """Check the settings against the text they name, which a plan calls; see `check_text`. None: the grid names no text to look at."""
+        return check_text(self, store) if store is not None else []
 
     def block_targets(self, length: int) -> int:
         """Targets in a block: all of its positions, the last quarter, or the last one.
