@@ -117,15 +117,19 @@ class Checkpoint:
         self.saved_at = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """State that was saved last; None where there is no file, or one of another device or PyTorch.
+        """State that was saved last; None where there is no file, a damaged one, or one of another device or PyTorch.
 
         Raises:
             ValueError: the file belongs to another run; the differences are named.
         """
         if not self.path.exists():
             return None
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        theirs = json.loads(saved["identity"])
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            theirs = json.loads(saved["identity"])
+        except Exception as error:  # a file that is cut or empty: whatever reading it may raise
+            log.warning("starting anew: checkpoint %s is damaged (%s)", self.path, (str(error) or type(error).__name__).splitlines()[0])
+            return None
         if theirs != self.identity:
             keys = [key for key in {**theirs, **self.identity} if theirs.get(key) != self.identity.get(key)]
             differences = ", ".join(f"{key} = {theirs.get(key)!r} there, {self.identity.get(key)!r} here" for key in keys)
@@ -136,8 +140,9 @@ class Checkpoint:
         return saved["state"]
 
     def remove(self) -> None:
-        """Delete the file; a finished run needs none."""
-        self.path.unlink(missing_ok=True)
+        """Delete the file, and what a kill amid a save left of it; a finished run needs none."""
+        for file in (self.path, *self.path.parent.glob(f".{self.path.name}.*")):
+            file.unlink(missing_ok=True)
 
 # %% ../../nbs/experiments/loop.ipynb #f5ae3c9a
 def out_of_memory(error: BaseException) -> bool:
