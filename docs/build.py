@@ -370,7 +370,7 @@ def publish(made_from: str) -> None:
     new, old = WORK / "site.new", WORK / "site.old"
     for folder in (new, old):
         shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(HTML, new, ignore=shutil.ignore_patterns(".buildinfo*", "_sources"))
+    shutil.copytree(HTML, new, ignore=shutil.ignore_patterns(".buildinfo*", "_sources", "*webpack-macros.html"))  # the last are templates of the theme, not pages
     (new / "_static" / "state.txt").write_text(made_from)
     if SITE.exists():
         SITE.rename(old)

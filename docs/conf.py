@@ -1,11 +1,13 @@
 """Sphinx settings of the site. `docs/build.py` prepares the sources and calls Sphinx with this file."""
 
+import html
 import re
 import sys
 from collections import Counter
 from configparser import ConfigParser
 from pathlib import Path
 
+import click
 from docutils import nodes
 from myst_parser.mdit_to_docutils.base import make_document
 from myst_parser.mocking import MockRSTParser
@@ -165,6 +167,14 @@ def escape_markup(app, what, name, obj, options, lines: list[str]) -> None:
     if what == "module":
         notebook = re.search(r"File to edit: (?:\.\./)+nbs/(.+)\.ipynb", Path(obj.__file__).read_text(encoding="utf-8"))
         lines += ["", f"Shown and tested in :doc:`/{notebook[1]}`.", ""] if notebook else []
+        lines += commands(obj)
+
+
+def commands(module) -> list[str]:
+    """Lines for the commands of a module, which autodoc passes over; each with the anchor to which its source links back."""
+    found = {name: value for name in getattr(module, "__all__", []) if isinstance(value := getattr(module, name), click.Command)}
+    lines = [f'   <p id="{module.__name__}.{name}"><code>{html.escape(value.name)}</code> {html.escape(value.get_short_help_str(200))}</p>' for name, value in found.items()]
+    return [".. raw:: html", "", *lines, ""] if found else []
 
 
 def source_links_to_reference(app, env) -> None:

@@ -152,7 +152,7 @@ def search(tab: Page, words: str) -> list[str]:
     return tab.locator("#search-results li").all_inner_texts()
 
 
-@pytest.mark.parametrize("words, page", [("optimal context", "theory/optimal_context.html"), ("bayes_risk", "api/ctxnb.theory.bayes_risk.html")])
+@pytest.mark.parametrize("words, page", [("optimal context", "theory/optimal_context.html"), ("bayes_risk", "api/ctxnb.stats.sources.html")])
 def test_search_finds(browser, words, page):
     with browser.new_context(viewport={"width": 1280, "height": 900}, offline=True) as context:
         tab = context.new_page()
