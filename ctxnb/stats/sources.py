@@ -31,6 +31,7 @@ def checked_rows(table: np.ndarray, name: str) -> np.ndarray:
 
 
 def checked_length(context_length: int) -> int:
+    """The context length as an integer, or a ValueError when it is no whole number of at least 0."""
     if isinstance(context_length, bool) or int(context_length) != context_length or context_length < 0:
         raise ValueError(f"context_length must be a whole number >= 0, got {context_length!r}")
     return int(context_length)
