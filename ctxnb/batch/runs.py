@@ -20,7 +20,7 @@ from .template import GridError, Template, digest, load, unknown
 # %% ../../nbs/batch/runs.ipynb #a03b811d
 UNPREPARED = "unprepared"
 
-# %% ../../nbs/batch/runs.ipynb #cad9dd01
+# %% ../../nbs/batch/runs.ipynb #a4f14dfc
 def prepared(data: Any) -> bool:
     """Whether data can be read here: not None, and not a digest alone, remembered of data that have gone.
 
@@ -32,7 +32,7 @@ def prepared(data: Any) -> bool:
     """
     return getattr(data, "prepared", data is not None)
 
-
+# %% ../../nbs/batch/runs.ipynb #cad9dd01
 @dataclass
 class DataSource:
     """The `data` entry of a grid, asked at most once for each set of arguments.
