@@ -51,7 +51,7 @@ Exit codes:
 class _Group(click.Group):
     """The group, with commands that are imported only when called: `status` must not wait for scipy."""
 
-    lazy = {"horizon": "ctxnb.experiments.horizon"}
+    lazy = {"horizon": "ctxnb.experiments.horizon", "pilots": "ctxnb.experiments.pilots"}
 
     def list_commands(self, context: click.Context) -> list[str]:
         return sorted([*super().list_commands(context), *self.lazy])
