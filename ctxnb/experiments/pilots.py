@@ -285,9 +285,10 @@ def hours_of(design: Design, speed: Speed, documents: dict[str, int]) -> float:
     each = sum(run_seconds(design, speed, documents, length, size) for length in design.lengths for size in design.sizes)
     return design.seeds * each / speed.workers / 3600
 
-# %% ../../nbs/experiments/pilots.ipynb #3f9ab8a9
-LADDER = [(6, 6, 32), (5, 6, 32), (4, 6, 16), (3, 6, 16), (3, 6, 8), (3, 6, 4), (2, 6, 4), (2, 5, 4), (2, 5, 2), (2, 4, 2)]  # seeds, lengths, passes over the largest size
-LEAST_WINDOWS = 32  # of the longest context in the smallest data size
+# %% ../../nbs/experiments/pilots.ipynb #e15784a5
+LADDER = [  # seeds, lengths, passes over the largest size, test targets
+    (6, 6, 32, 4096), (5, 6, 32, 4096), (4, 6, 16, 4096), (3, 6, 16, 4096), (3, 6, 8, 2048), (2, 6, 8, 2048), (2, 5, 8, 1024), (2, 5, 4, 1024), (2, 4, 4, 512)]
+LEAST_WINDOWS = 16  # of the longest context in the smallest data size
 
 
 def data_sizes(largest: float, longest: int) -> list[int]:
@@ -295,7 +296,7 @@ def data_sizes(largest: float, longest: int) -> list[int]:
 
     Args:
         largest: tokens.
-        longest: context length, tokens, of which the smallest size holds 32 windows.
+        longest: context length, tokens, of which the smallest size holds 16 windows.
 
     Returns:
         Ascending, to two digits.
@@ -310,27 +311,27 @@ def data_sizes(largest: float, longest: int) -> list[int]:
     return [int(float(f"{largest / ratio**k:.2g}")) for k in (3, 2, 1, 0)]
 
 
-def make_design(centre: float, longest: int, largest: float, level: tuple[int, int, int], shape: tuple[int, int, int], documents: dict[str, int]) -> Design:
+def make_design(centre: float, longest: int, largest: float, level: tuple[int, int, int, int], shape: tuple[int, int, int], documents: dict[str, int]) -> Design:
     """The grid of one step of the ladder.
 
     Args:
         centre: length around which lengths are laid, tokens.
         longest: that the documents can use, tokens.
         largest: data size, tokens.
-        level: seeds, lengths, passes over the largest size.
+        level: seeds, lengths, passes over the largest size, test targets.
         shape: layers, heads, width.
         documents: number of documents of "dev" and "test".
 
     Returns:
-        The grid: updates of 256 to 16,384 tokens, some 256 to a pass over the largest size, a multiple of every length; 512 dev targets and 2,048 test targets.
+        The grid: updates of 256 to 16,384 tokens, some 256 to a pass over the largest size, a multiple of every length; a quarter as many dev targets as test targets.
     """
-    seeds, count, passes = level
+    seeds, count, passes, targets = level
     lengths = choose_lengths(centre, longest, count)
     step = max(lengths[-1], 2 ** int(np.clip(round(math.log2(max(largest, 2) / 256)), 8, 14)))
-    dev, test = (max(1, math.ceil(total / documents[split])) for total, split in ((512, "dev"), (2048, "test")))
+    dev, test = (max(1, math.ceil(total / documents[split])) for total, split in ((targets // 4, "dev"), (targets, "test")))
     return Design(lengths, data_sizes(largest, lengths[-1]), seeds, int(passes * largest), shape, step, dev, test)
 
-# %% ../../nbs/experiments/pilots.ipynb #3134db7c
+# %% ../../nbs/experiments/pilots.ipynb #b760dad3
 def _stretched(design: Design, hours: float, cost) -> Design:
     """The same grid with budgets up to twice as large, as far as the hours go."""
     low, high = design.most_tokens, 2 * design.most_tokens
@@ -358,18 +359,19 @@ def fill_hours(make, hours: float, largest: float, cost) -> Design:
     for level in LADDER:
         if cost(design := make(largest, level)) <= hours:
             return _stretched(design, hours, cost)
-    low, high, found = math.log(largest) - math.log(1e4), math.log(largest), None
-    for _ in range(16):
+    low, high, found, least = math.log(largest) - math.log(1e4), math.log(largest), None, math.inf
+    for _ in range(12):
         middle = (low + high) / 2
         try:
             design = make(math.exp(middle), LADDER[-1])
-            fits = cost(design) <= hours
         except ValueError:  # too small for four sizes
             low = middle
             continue
+        took = cost(design)
+        least, fits = min(least, took), took <= hours
         low, high, found = (middle, high, design) if fits else (low, middle, found)
     if found is None:
-        raise ValueError(f"{hours:g} hours are too few for any grid of pilots on this machine: expected at least {cost(make(largest, LADDER[-1])):.2g} for the full reach")
+        raise ValueError(f"{hours:g} hours are too few for any grid of pilots of this text on this machine: expected at least {least:.2g}")
     return found
 
 # %% ../../nbs/experiments/pilots.ipynb #cbfbcbbf
@@ -432,7 +434,7 @@ def reasons_of(design: Design, speed: Speed, train_tokens: float, parameters: in
         f"In all {runs} runs, at most about {60 * hours:.1f} min ({hours:.2g} h of {asked:g} h asked) if the machine stays as fast as it was.",
     ]
 
-# %% ../../nbs/experiments/pilots.ipynb #9e78a6c5
+# %% ../../nbs/experiments/pilots.ipynb #34724881
 def design_pilots(corpus: str, train_tokens: float, hours: float, parameters: float | None = None, tokenizer: str = "bpe:1024",
                   notebook: str = "nbs/runs/train.ipynb") -> tuple[str, list[str]]:
     """Design a grid of pilots for a text and this machine.
@@ -462,7 +464,7 @@ def design_pilots(corpus: str, train_tokens: float, hours: float, parameters: fl
     documents, available = {split: len(store.documents(split)) for split in ("dev", "test")}, store.n_tokens("train")
     largest, speeds = min(train_tokens / 10, 0.9 * available), {}
 
-    def make(size: float, level: tuple[int, int, int]) -> Design:
+    def make(size: float, level: tuple[int, int, int, int]) -> Design:
         return make_design(centre, longest, size, level, shape_of(parameters or size / TOKENS_PER_PARAMETER, store.vocab_size), documents)
 
     def cost(design: Design) -> float:
