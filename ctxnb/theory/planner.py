@@ -256,11 +256,11 @@ def _check_design(runs: pd.DataFrame) -> None:
         raise Refusal(f"the pilots cover {lengths} context lengths; at least {MIN_LENGTHS} are needed to fit the law and its floor")
     if sizes < MIN_SIZES:
         raise Refusal(f"the pilots cover {sizes} data sizes; at least {MIN_SIZES} are needed to extrapolate in the data")
-    _check_confounded(runs)
     cells = len(runs[["context_length", "train_tokens"]].drop_duplicates())
     least = min(len(form.names) for form in JOINT_LAWS.values()) + MIN_SPARE_CELLS
     if cells < least:
         raise Refusal(f"{cells} cells (context_length, train_tokens) are too few: at least {least} are needed")
+    _check_confounded(runs)
 
 
 def _check_reach(runs: pd.DataFrame, train_tokens: float) -> None:
@@ -557,7 +557,7 @@ def _regrets(pilots: Pilots, pick: int, point: float, train_tokens: float, level
     keys = [int(l) if l == int(l) else float(l) for l in asked]
     return dict(zip(keys, centre.tolist())), {k: (float(a), float(b)) for k, a, b in zip(keys, low, high)}
 
-
+# %% ../../nbs/theory/planner.ipynb #91f8fed6
 def _spell(fit: Fit) -> str:
     values = ", ".join(f"{name} = {value:.4g}" for name, value in fit.values.items())
     return f"{fit.form.formula} with {values}"
