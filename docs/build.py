@@ -31,7 +31,7 @@ SOURCE, STATIC, HTML = WORK / "source", WORK / "static", WORK / "html"
 
 # Sidebar: title, folder under nbs/, reading order of the names known to have one (others follow by name).
 SECTIONS: list[tuple[str, str, str]] = [
-    ("Results", "results", "advice train train_sweep counts horizon contest synthetic synthetic_sweep synthetic_features measure measure_features measure_own tasks"),
+    ("Results", "results", "advice planner train train_sweep counts horizon contest synthetic synthetic_sweep synthetic_features measure measure_features measure_own tasks"),
     ("Try it", "try", "train synthetic measure"),
     ("Theory", "theory", "why decomposition bayes_risk recovery approximation optimal_context horizon planner"),
     ("Statistics", "stats", "laws solver fitting bootstrap curves spectrum intrinsic_entropy sources hierarchy lagged"),
