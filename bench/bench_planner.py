@@ -162,8 +162,23 @@ def verdict(world: World, tokens: float, pick: float, low: float, high: float) -
     return {"verdict": "right" if covers else "harmless" if regret <= 0.01 else "confidently wrong", "best": float(GRID[truth.argmin()]), "regret": regret}
 
 
+def fitted(table: pd.DataFrame, measured: bool):
+    """The pilots with their laws, why there are none, or the measured curve of the largest size alone."""
+    if measured:
+        from ctxnb.stats.curves import measured_curves
+
+        return measured_curves(table[table.train_tokens == table.train_tokens.max()])[0]
+    try:
+        return fit_pilots(table, resamples=300)
+    except Refusal as refusal:
+        return refusal
+
+
 def judge(world: World, pilots, tokens: float) -> dict:
     """Answer to one target, with its score."""
+    if hasattr(pilots, "best_interval"):  # the baseline: the best length of the largest pilots, whatever is asked
+        low, high = pilots.best_interval()
+        return verdict(world, tokens, float(pilots.best), low, high) | {"pick": float(pilots.best), "low": float(low), "high": float(high), "law": "none"}
     if isinstance(pilots, Refusal):
         return {"verdict": "refused", "why": str(pilots)}
     try:
@@ -200,30 +215,24 @@ def held_out_tables() -> dict[str, tuple[World, pd.DataFrame, float]]:
     return found
 
 
-def run_tables(only: str) -> pd.DataFrame:
+def run_tables(only: str, measured: bool = False) -> pd.DataFrame:
     """Our tables with the largest size held out."""
     rows = []
     for name, (world, table, tokens) in held_out_tables().items():
         if only in name:
-            try:
-                pilots = fit_pilots(table, resamples=300)
-            except Refusal as refusal:
-                pilots = refusal
-            rows.append({"world": name, "family": False, "table": 0, "factor": tokens / table.train_tokens.max()} | judge(world, pilots, tokens))
+            about = {"world": name, "family": False, "table": 0, "factor": tokens / table.train_tokens.max()}
+            rows.append(about | judge(world, fitted(table, measured), tokens))
             click.echo(f"{name}: {rows[-1]['verdict']}", err=True)
     return pd.DataFrame(rows)
 
 
-def run(worlds: dict[str, World], tables: int, first_seed: int = 0) -> pd.DataFrame:
+def run(worlds: dict[str, World], tables: int, first_seed: int = 0, measured: bool = False) -> pd.DataFrame:
     """Every world, table and target."""
     rows = []
     for name, world in worlds.items():
         for k in range(tables):
             began, table = time.perf_counter(), pilots_of(world, first_seed + k)
-            try:
-                pilots = fit_pilots(table, resamples=300)
-            except Refusal as refusal:
-                pilots = refusal
+            pilots = fitted(table, measured)
             for factor in FACTORS:
                 rows.append({"world": name, "family": world.family, "table": k, "factor": factor} | judge(world, pilots, factor * SIZES[-1]))
             click.echo(f"{name} {k}: {', '.join(r['verdict'] for r in rows[-3:])} ({time.perf_counter() - began:.0f} s)", err=True)
@@ -243,12 +252,13 @@ def summary(rows: pd.DataFrame) -> dict:
 @click.option("--first-seed", type=int, default=0, show_default=True)
 @click.option("--record", type=click.Path(path_type=Path), help="Also write the rows to this Parquet file, in place of those of the same planner.")
 @click.option("--planner", default="today", show_default=True, help="Name of the planner in the table.")
+@click.option("--measured", is_flag=True, help="Score a baseline without laws: the best length of the largest pilots.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(tables: int, only: str, first_seed: int, record: Path | None, planner: str, as_json: bool) -> None:
+def main(tables: int, only: str, first_seed: int, record: Path | None, planner: str, measured: bool, as_json: bool) -> None:
     """Score the planner on known worlds, on drawn ones, and on our own tables."""
     parts = {"known": {n: w for n, w in WORLDS.items() if only in n}, "drawn": {n: w for n, w in drawn_worlds().items() if only in n}}
-    found = {part: run(worlds, tables, first_seed) for part, worlds in parts.items() if worlds}
-    if (real := run_tables(only)).size:
+    found = {part: run(worlds, tables, first_seed, measured) for part, worlds in parts.items() if worlds}
+    if (real := run_tables(only, measured)).size:
         found["ours"] = real
     scores = {part: summary(rows) for part, rows in found.items()}
     rows = pd.concat([part.assign(part=name, planner=planner) for name, part in found.items()], ignore_index=True)

@@ -436,9 +436,9 @@ def reasons_of(design: Design, speed: Speed, train_tokens: float, parameters: in
         f"In all {runs} runs, at most about {60 * hours:.1f} min ({hours:.2g} h of {asked:g} h asked) if the machine stays as fast as it was.",
     ]
 
-# %% ../../nbs/experiments/pilots.ipynb #a814c09f
+# %% ../../nbs/experiments/pilots.ipynb #f408015a
 def design_pilots(corpus: str, train_tokens: float, hours: float, parameters: float | None = None, tokenizer: str = "bpe:1024",
-                  notebook: str = "nbs/runs/train.ipynb") -> tuple[str, list[str]]:
+                  notebook: str = "nbs/runs/train.ipynb") -> tuple[str, list[str], float]:
     """Design a grid of pilots for a text and this machine.
 
     Args:
@@ -450,7 +450,7 @@ def design_pilots(corpus: str, train_tokens: float, hours: float, parameters: fl
         notebook: template of a run.
 
     Returns:
-        The grid as TOML, and the reasons for its numbers.
+        The grid as TOML, the reasons for its numbers, and the largest D that `ctxnb advise` will answer for from it, at most `train_tokens`.
 
     Raises:
         ValueError: a number out of range, a text with too few or too short documents, or too few hours.
@@ -481,9 +481,9 @@ def design_pilots(corpus: str, train_tokens: float, hours: float, parameters: fl
     count = parameter_count(design.shape[0], design.shape[2], store.vocab_size)
     reasons = reasons_of(design, speed, train_tokens, count, why, estimate, hours, available, documents["test"])
     minutes = 60 * estimate * speed.workers / (len(design.sizes) * len(design.lengths) * design.seeds)
-    return grid_text(design, speed, absolute_corpus(corpus), tokenizer, min_tokens, minutes, reasons, notebook), reasons
+    return grid_text(design, speed, absolute_corpus(corpus), tokenizer, min_tokens, minutes, reasons, notebook), reasons, min(train_tokens, 10 * design.sizes[-1])
 
-# %% ../../nbs/experiments/pilots.ipynb #91e6cdc3
+# %% ../../nbs/experiments/pilots.ipynb #fc86fda5
 @click.command()
 @click.argument("corpus")
 @click.option("--train-tokens", type=float, required=True, help="Unique training tokens of the planned run, e.g. 5e7.")
@@ -507,11 +507,11 @@ def pilots(context: click.Context, corpus: str, train_tokens: float, hours: floa
     if not (project_root(output.absolute()) / template).is_file():
         template = project_root(Path(ctxnb.__file__)) / template
     try:
-        text, reasons = design_pilots(corpus, train_tokens, hours, parameters, tokenizer, str(template))
+        text, reasons, reach = design_pilots(corpus, train_tokens, hours, parameters, tokenizer, str(template))
     except (FileNotFoundError, ValueError) as error:
         raise click.UsageError(str(error), ctx=context) from error
     write_atomic(output, text)
     table = output.with_suffix(".parquet")
     click.echo("\n".join(f"- {reason}" for reason in reasons))
     click.echo(f"\nWritten to {output}. Next:\n  ctxnb plan {output}\n  ctxnb run {output}\n  ctxnb results {output} -o {table}\n"
-               f"  ctxnb advise {table} --train-tokens {train_tokens:g}")
+               f"  ctxnb advise {table} --train-tokens {reach:g}")
