@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOP_SUMS', 'RIVALS', 'ESTIMATES', 'Losses', 'losses_of', 'plot_losses', 'position_estimate', 'gains_by_recurrence',
-           'plot_gains', 'coloured_passage', 'spectra_of', 'properties', 'loss_against', 'as_markdown', 'plot_spectra',
-           'plot_against', 'plot_correlations', 'layer_table', 'plot_layers']
+           'coloured_passage', 'plot_gains', 'spectra_of', 'properties', 'loss_against', 'as_markdown', 'plot_spectra',
+           'plot_against', 'layer_table', 'plot_layers', 'plot_correlations', 'loss_table', 'document_table']
 
 # %% ../../nbs/reports/measure.ipynb #e4987388
 import html
@@ -95,7 +95,7 @@ class Losses:
         """
         return self.targets[:, self.context_length.tolist().index(context_length)]
 
-
+# %% ../../nbs/reports/measure.ipynb #da6af060
 def losses_of(runs: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> Losses:
     """Losses of the runs of one model on one text, with a bootstrap over documents, joint over lengths.
 
@@ -207,7 +207,27 @@ def gains_by_recurrence(losses: Losses, recurs: np.ndarray, short: int, long: in
                      "of_total": (gain * members).sum() / gain.sum()})
     return pd.DataFrame(rows).set_index("seen before")
 
+# %% ../../nbs/reports/measure.ipynb #93b8be5a
+def coloured_passage(text: Sequence[str], gain: np.ndarray, limit: float = 3.0) -> str:
+    """A passage as HTML, each token coloured by how much it gains from context.
 
+    Args:
+        text: text of each token.
+        gain: [n] nats; positive where the longer context helps.
+        limit: gain of the full colour, nats.
+
+    Returns:
+        HTML; blue gains, red loses, and a token's gain is its tooltip.
+    """
+    norm, colours = TwoSlopeNorm(0, -limit, limit), colormaps["RdBu"]
+    spans = []
+    for token, value in zip(text, gain):
+        background = to_hex(colours(0.15 + 0.7 * norm(np.clip(value, -limit, limit))))
+        shown = html.escape(token).replace("\n", "↵<br>")
+        spans.append(f'<span style="background:{background};color:#111;white-space:pre-wrap" title="{value:+.2f} nats">{shown}</span>')
+    return f'<div style="line-height:1.9;max-width:46em">{"".join(spans)}</div>'
+
+# %% ../../nbs/reports/measure.ipynb #3a33e6c6
 def plot_gains(losses: Losses, pairs: Sequence[tuple[int, int]]) -> Figure:
     """Histograms of the loss that each target loses between two lengths.
 
@@ -228,26 +248,6 @@ def plot_gains(losses: Losses, pairs: Sequence[tuple[int, int]]) -> Figure:
         ax.legend(fontsize="small")
     axes[0, 0].set_ylabel("targets")
     return fig
-
-
-def coloured_passage(text: Sequence[str], gain: np.ndarray, limit: float = 3.0) -> str:
-    """A passage as HTML, each token coloured by how much it gains from context.
-
-    Args:
-        text: text of each token.
-        gain: [n] nats; positive where the longer context helps.
-        limit: gain of the full colour, nats.
-
-    Returns:
-        HTML; blue gains, red loses, and a token's gain is its tooltip.
-    """
-    norm, colours = TwoSlopeNorm(0, -limit, limit), colormaps["RdBu"]
-    spans = []
-    for token, value in zip(text, gain):
-        background = to_hex(colours(0.15 + 0.7 * norm(np.clip(value, -limit, limit))))
-        shown = html.escape(token).replace("\n", "↵<br>")
-        spans.append(f'<span style="background:{background};color:#111;white-space:pre-wrap" title="{value:+.2f} nats">{shown}</span>')
-    return f'<div style="line-height:1.9;max-width:46em">{"".join(spans)}</div>'
 
 # %% ../../nbs/reports/measure.ipynb #94d240c9
 TOP_SUMS = (3, 10, 30, 100, 200, 300)
@@ -296,7 +296,7 @@ def properties(runs: pd.DataFrame, layer: int = -1) -> pd.DataFrame:
     columns |= {name: rival(l) for name, rival in RIVALS.items()}
     return pd.DataFrame(columns, index=runs.context_length.to_numpy()).astype(float)
 
-
+# %% ../../nbs/reports/measure.ipynb #7140d2e2
 def _lines(x: np.ndarray, curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Correlation, slope and residual standard deviation of each curve [B, L] against x [L]."""
     dx, dy = x - x.mean(), curves - curves.mean(1, keepdims=True)
@@ -334,7 +334,7 @@ def loss_against(losses: Losses, table: pd.DataFrame, least: int = 4) -> pd.Data
                      "wins": (residual[1:] < against[1:]).mean()})
     return pd.DataFrame(rows).set_index("property").sort_values("residual")
 
-
+# %% ../../nbs/reports/measure.ipynb #2ff9f97d
 def as_markdown(lines: pd.DataFrame, names: Sequence[str]) -> str:
     """Lines of chosen properties as a Markdown table.
 
@@ -378,7 +378,7 @@ def plot_spectra(runs: pd.DataFrame, layer: int = -1) -> Figure:
     right.set(xlabel="N", ylabel="sum of first N log ratios (nats)")
     return fig
 
-
+# %% ../../nbs/reports/measure.ipynb #980a60a6
 def plot_against(losses: Losses, table: pd.DataFrame, names: Sequence[str]) -> Figure:
     """Loss against chosen properties, with straight lines; points are lengths.
 
@@ -420,25 +420,7 @@ def _point_and_line(ax: Axes, x: np.ndarray, y: np.ndarray, error: np.ndarray) -
         ends = np.array([x[defined].min(), x[defined].max()])
         ax.plot(ends, offset + slope * ends, lw=1, color="C1")
 
-
-def plot_correlations(losses: Losses, table: pd.DataFrame) -> Figure:
-    """Heat map of the correlations over lengths between the negative loss and all properties.
-
-    Args:
-        losses: from `losses_of`.
-        table: from `properties`; lengths where a property is not defined are left out of its pairs.
-
-    Returns:
-        The figure.
-    """
-    joined = pd.concat([pd.Series(-losses.mean, table.index, name="negative loss"), table], axis=1)
-    joined = joined.loc[:, joined.nunique() > 1]
-    fig, ax = plt.subplots(figsize=(8.5, 7.2), layout="constrained")
-    sns.heatmap(joined.corr(min_periods=4), vmin=-1, vmax=1, cmap="RdBu_r", ax=ax, xticklabels=True, yticklabels=True, cbar_kws={"label": "r"})
-    ax.tick_params(labelsize=7)
-    return fig
-
-
+# %% ../../nbs/reports/measure.ipynb #9c11417f
 def layer_table(runs: pd.DataFrame, losses: Losses, names: Sequence[str]) -> pd.DataFrame:
     """Correlation of the loss with chosen properties, layer by layer.
 
@@ -481,3 +463,56 @@ def plot_layers(runs: pd.DataFrame, names: Sequence[str]) -> Figure:
         ax.set_title(name, fontsize="small")
     axes[0, 0].legend(title="layer", fontsize="x-small", title_fontsize="small")
     return fig
+
+# %% ../../nbs/reports/measure.ipynb #437d80cf
+def plot_correlations(losses: Losses, table: pd.DataFrame) -> Figure:
+    """Heat map of the correlations over lengths between the negative loss and all properties.
+
+    Args:
+        losses: from `losses_of`.
+        table: from `properties`; lengths where a property is not defined are left out of its pairs.
+
+    Returns:
+        The figure.
+    """
+    joined = pd.concat([pd.Series(-losses.mean, table.index, name="negative loss"), table], axis=1)
+    joined = joined.loc[:, joined.nunique() > 1]
+    fig, ax = plt.subplots(figsize=(8.5, 7.2), layout="constrained")
+    sns.heatmap(joined.corr(min_periods=4), vmin=-1, vmax=1, cmap="RdBu_r", ax=ax, xticklabels=True, yticklabels=True, cbar_kws={"label": "r"})
+    ax.tick_params(labelsize=7)
+    return fig
+
+# %% ../../nbs/reports/measure.ipynb #2c38e9fe
+def loss_table(runs: pd.DataFrame, losses: Losses) -> pd.DataFrame:
+    """Loss at each length, for people and spreadsheets.
+
+    Args:
+        runs: rows of one model and text, sorted by length.
+        losses: of the same rows.
+
+    Returns:
+        A row per length: `context_length`, `loss`, `loss_low`, `loss_high` (nats per token, 95 % over documents), `bits_per_byte`, `targets`, `documents`.
+    """
+    low, high = losses.interval()
+    return pd.DataFrame({
+        "context_length": losses.context_length, "loss": losses.mean, "loss_low": low, "loss_high": high, "bits_per_byte": runs.bits_per_byte.to_numpy(),
+        "targets": len(losses.targets), "documents": len(losses.by_document)})
+
+
+def document_table(losses: Losses, ids: Sequence[str], tokens: Sequence[int], sizes: Sequence[int]) -> pd.DataFrame:
+    """Loss of each document at each length.
+
+    Args:
+        losses: from `losses_of`.
+        ids: name of each measured document, in their order.
+        tokens: tokens of each.
+        sizes: UTF-8 bytes of each.
+
+    Returns:
+        A row per document: `id`, `tokens`, `bytes`, `targets`, `loss_<l>` (nats per token) and `bits_per_byte_<l>` for each length.
+    """
+    table = pd.DataFrame({"id": ids, "tokens": tokens, "bytes": sizes, "targets": losses.per_document})
+    bits = losses.by_document * (table.tokens / table.bytes / np.log(2)).to_numpy()[:, None]
+    columns = {f"loss_{l}": values for l, values in zip(losses.context_length, losses.by_document.T)}
+    columns |= {f"bits_per_byte_{l}": values for l, values in zip(losses.context_length, bits.T)}
+    return pd.concat([table, pd.DataFrame(columns)], axis=1)
