@@ -323,7 +323,7 @@ def test_finished_lengths_survive_a_kill(toy, tmp_path):
         assert {k: v for k, v in result.items() if k not in clock} == {k: v for k, v in results[1][name].items() if k not in clock}
 
 
-@pytest.mark.parametrize("preset, name", [("quick", "measure"), ("standard", "measure"), ("paper", "measure"), ("standard", "measure_own")])
+@pytest.mark.parametrize("preset, name", [("quick", "measure"), ("standard", "measure"), ("paper", "measure"), ("standard", "measure_own"), ("standard", "conventions")])
 def test_grids_are_sound(preset, name):
     """No length exceeds the tokens that a target has before it, and more than one length is measured."""
     grid = read_grid(ROOT / "data" / "grids" / preset / f"{name}.toml")
