@@ -605,7 +605,7 @@ def losses(model: str, text: str, context: list[int], tokenizer: str, targets: i
     from ctxnb.batch.results import results_table
     from ctxnb.experiments.measure_any import losses_settings
 
-    _runs_folder(None, runs_dir)
+    os.environ.setdefault("CTXNB_DATA", str(project_root(__file__) / "data"))  # wherever the command is called
     try:
         read, lengths, settings = losses_settings(model, text, context, tokenizer, targets, text_column, bos, dtype)
     except (ValueError, FileNotFoundError, ConnectionError) as error:
