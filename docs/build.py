@@ -103,19 +103,19 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
     return nb
 
 
-def for_readers(nb: nbformat.NotebookNode, folded: bool = False, narrative: bool = False) -> nbformat.NotebookNode:
+def for_readers(nb: nbformat.NotebookNode, chapter: bool = False) -> nbformat.NotebookNode:
     """A notebook as a reader should see it.
 
     Args:
         nb: as it was read; changed.
-        folded: whether its code is opened by a click, as on pages of results.
-        narrative: whether it is a chapter: code that shows nothing (set-up, tests) is left out, and what it exports is described in a block at its end.
+        chapter: whether it is read for what it says, as theory and results are: code is opened by a click, code that shows nothing (set-up, tests) is left out, and what is exported is
+            described in a block at the end.
     """
     module = next((f"ctxnb.{found[1]}" for cell in nb.cells if (found := re.search(r"^#\| *default_exp +(\S+)", cell.source, re.MULTILINE))), "")
     cells, entries = [], []
     for cell in nb.cells:
-        parts = code_cells(cell, module, folded or narrative) if cell.cell_type == "code" else [cell]
-        if narrative and cell.cell_type == "code":
+        parts = code_cells(cell, module, chapter) if cell.cell_type == "code" else [cell]
+        if chapter and cell.cell_type == "code":
             entries += [part.source for part in parts if part.cell_type == "markdown"]
             parts = [part for part in parts if part.get("outputs")]
         cells += parts
@@ -209,7 +209,7 @@ def note_provenance(nb: nbformat.NotebookNode, tables: Iterable[Path]) -> list[s
     wrong = [f"{table}: {'; '.join(complaints)}" for table, (_, complaints) in said.items() if complaints]
     made = [f"- `{table}`: {made_from}" for table, (made_from, _) in said.items() if made_from]
     notes = [":::{warning}\n**Stale or incomplete.** This page shows what was recorded, but:\n\n" + "\n".join(f"- {line}" for line in wrong) + "\n:::"] * bool(wrong)
-    notes += [":::{admonition} Made from\n:class: note provenance\n\n" + "\n".join(made) + "\n:::"] * bool(made)
+    notes += [":::{admonition} Made from\n:class: note provenance\n:collapsible: closed\n\n" + "\n".join(made) + "\n:::"] * bool(made)
     nb.cells[1:1] = [new_markdown_cell("\n\n".join(notes))] * bool(notes)
     return wrong
 
@@ -222,7 +222,7 @@ def run_page(run: str, folder: Path, back: str) -> nbformat.NotebookNode:
         folder: its folder.
         back: page that shows its table, empty if there is none.
     """
-    nb = for_readers(read_notebook(folder / "notebook.ipynb"), folded=True)
+    nb = for_readers(read_notebook(folder / "notebook.ipynb"), chapter=True)
     for cell in nb.cells:
         cell.metadata.get("mystnb", {}).get("figure", {}).pop("name", None)
         if cell.cell_type == "markdown":  # the template's page carries the labels, and may have changed since; the one H1 here is the run's
@@ -339,7 +339,7 @@ def prepare() -> dict[str, str]:
         path = NBS / f"{page}.ipynb"
         committed = tables_of(path)
         fresh = {name: tables[table.stem] for name, table in committed.items() if table.stem in tables}
-        nb = for_readers(read_notebook(on_fresh_tables(path, fresh, code) if fresh else path), folded=bool(committed), narrative=page in chapters)
+        nb = for_readers(read_notebook(on_fresh_tables(path, fresh, code) if fresh else path), chapter=bool(committed) or page in chapters)
         shows |= {run: page for table in fresh.values() for run in find_runs([table]) if run not in shows}
         subtitles[page] = " ".join(re.findall(r"^> *(.*)", nb.cells[0].source, re.MULTILINE)) if nb.cells else ""
         for line in note_provenance(nb, (committed | fresh).values()):

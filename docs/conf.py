@@ -42,6 +42,7 @@ copybutton_selector = "div.highlight:not(.cell_output *) > pre"  # code to run, 
 nb_execution_mode = "off"
 nb_output_stderr = "remove"  # progress bars and warnings that name this machine's folders
 nb_merge_streams = True
+suppress_warnings = ["mystnb.unknown_mime_type"]  # an output in one more form, for other pages to read
 nb_render_markdown_format = "myst"  # tables that a result page computes
 nb_code_prompt_show = "Show code"
 nb_code_prompt_hide = "Hide code"
