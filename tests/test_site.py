@@ -152,7 +152,7 @@ def test_notebook_pages_are_for_readers(project):
     assert re.search(r'href="#equation-eq-law">\s*Eq. 1', page) and 'href="#fig-law"' in page
     assert 'alt="A falling line."' in page
     assert "nbs/theory/law.ipynb" in page and re.search(r'href="\.\./_downloads/[^"]+/law\.ipynb"', page)
-    block = page.index('<details class="admonition api')  # a chapter's functions come last, folded
+    block = page.index('<details class="api admonition')  # a chapter's functions come last, folded
     assert page.index("<figure") < block < page.index('class="sig-name descname"') and "set_up" not in page
     api = (project / "site/api/ctxnb.theory.law.html").read_text()
     assert 'id="ctxnb.theory.law.LawResult"' in api and "One law, one figure." in api
