@@ -135,7 +135,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--windows", type=int, default=8, help="windows of --length tokens")
     parser.add_argument("--length", type=int, default=512, help="visible tokens of each window")
-    parser.add_argument("--memory-length", type=int, default=2048, help="visible tokens of the windows whose peak memory is measured")
+    parser.add_argument("--memory-length", type=int, default=2048, help="visible tokens of the windows whose peak memory is measured; 0 leaves it out")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     arguments = parser.parse_args()
@@ -150,11 +150,11 @@ def main() -> int:
     half = small_llama("bfloat16", device)
     ours(half, windows, batch)
     half_median = medians(half, windows, batch, arguments.repeats)
-    memory = {name: peak(name, arguments.memory_length, 4, 2, device) for name in WAYS}
+    memory = {name: peak(name, arguments.memory_length, 4, 2, device) for name in WAYS if arguments.memory_length}
     rates = {dtype: matmul_rate(dtype, device) for dtype in ("float32", "bfloat16")}
     figures = {
         "seconds": median, "time_ratio": median["plain"] / median["ours"],
-        "peak_bytes": memory, "memory_ratio": memory["plain"] / memory["ours"],
+        "peak_bytes": memory, "memory_ratio": memory["plain"] / memory["ours"] if memory else None,
         "tokens_per_s": tokens / median["ours"], "matmul_flops": rates["float32"],
         "matmul_share": 2 * weights * tokens / median["ours"] / rates["float32"],
         "bfloat16_tokens_per_s": tokens / half_median["ours"], "bfloat16_time_ratio": half_median["plain"] / half_median["ours"],
@@ -164,7 +164,8 @@ def main() -> int:
         print(json.dumps(figures))
     else:
         print(f"l = {arguments.length:,}, {arguments.windows} windows, {device}: plain {median['plain']:.2f} s, ours {median['ours']:.2f} s: {figures['time_ratio']:.1f} x")
-        print(f"l = {arguments.memory_length:,}, peak above the model: plain {memory['plain'] / 1e6:,.0f} MB, ours {memory['ours'] / 1e6:,.0f} MB: {figures['memory_ratio']:.1f} x")
+        if memory:
+            print(f"l = {arguments.memory_length:,}, peak above the model: plain {memory['plain'] / 1e6:,.0f} MB, ours {memory['ours'] / 1e6:,.0f} MB: {figures['memory_ratio']:.1f} x")
         print(f"ours: {figures['tokens_per_s']:,.0f} tokens/s in float32, {figures['matmul_share']:.0%} of the matmul rate {rates['float32'] / 1e9:,.0f} GFLOP/s "
               f"({figures['threads']} threads); {figures['bfloat16_tokens_per_s']:,.0f} tokens/s in bfloat16 (matmul {rates['bfloat16'] / 1e9:,.0f} GFLOP/s)")
     usual = (device, arguments.length, arguments.memory_length) == ("cpu", 512, 2048)

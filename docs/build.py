@@ -38,7 +38,7 @@ SECTIONS: list[tuple[str, str, str]] = [
     ("Text", "text", "corpus files hub documents tokenizers tokens store identity overlap windows packing retrieval ruler xor_tasks xor_strings"),
     ("Models", "models", "gpt source pretrained xor"),
     ("Experiments", "experiments", "train schema schedule loop losses group graph counts synthetic synthetic_features measure measure_targets measure_pass representation conventions tasks needle languages horizon"),
-    ("Reports", "reports", "tables train synthetic measure tasks"),
+    ("Reports", "reports", "tables train synthetic measure tasks contest"),
     ("Batch", "batch", "cluster template grid resources runs record states execute engine machine launch jobs slurm script cancel results verify live privacy code"),
     ("About", "about", "claims glossary references log cite contribute start"),
     ("Run templates", "runs", ""),
