@@ -22,6 +22,7 @@ import resource
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,45 @@ def matmul_rate(dtype: str, device: str, size: int = 2048, repeats: int = 5) -> 
     return best
 
 
+def cpu_rate(work, amount: float, repeats: int = 3) -> float:
+    """Best amount of work for a second of CPU time, which other jobs on the machine do not change much."""
+    best = 0.0
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        best = max(best, amount / (time.process_time() - start))
+    return best
+
+
+def smollm2(length: int = 256, count: int = 2) -> dict[str, dict[str, float]]:
+    """SmolLM2 on one thread, by number format: tokens for a second of CPU time, share of the matmul rate, and what tasks gain by reading a context once."""
+    from ctxnb.experiments import tasks
+    from ctxnb.experiments.measure import measured_text
+    from ctxnb.experiments.measure_pass import measure_windows
+    from ctxnb.models.pretrained import load_model
+    from ctxnb.text.tokenizers import load_tokenizer
+
+    torch.set_num_threads(1)
+    text = measured_text()
+    tokenizer, windows = load_tokenizer(text.tokenizer), windows_of(count, length)
+    questions = tasks.make_tasks("multi", text.store, tokenizer, length, 2)
+    read_once, found = tasks.read_once, {}
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(text.source, dtype, "cpu")
+        weights = sum(w.numel() for w in model.parameters()) - model.get_input_embeddings().weight.numel()
+        matrix = torch.randn(2048, 2048).to(getattr(torch, dtype))
+        flops = cpu_rate(partial(torch.matmul, matrix, matrix), 2 * 2048**3)
+        tokens = cpu_rate(partial(measure_windows, model, windows, (), batch_tokens=length), count * length)
+        seconds = {}
+        for way, reader in {"once": read_once, "whole": lambda *_: None}.items():
+            tasks.read_once = reader
+            seconds[way] = 1 / cpu_rate(partial(tasks.score_tasks, model, questions, tokenizer, length), 1, repeats=1)
+        tasks.read_once = read_once
+        found[dtype] = {"tokens_per_cpu_s": tokens, "matmul_flops": flops, "matmul_share": 2 * weights * tokens / flops, "task_seconds_once": seconds["once"],
+                        "task_seconds_whole": seconds["whole"]}
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -138,7 +178,15 @@ def main() -> int:
     parser.add_argument("--memory-length", type=int, default=2048, help="visible tokens of the windows whose peak memory is measured; 0 leaves it out")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--smollm2", action="store_true", help="measure SmolLM2 on one thread of the CPU instead: number formats, and contexts read once")
     arguments = parser.parse_args()
+    if arguments.smollm2:
+        found = smollm2()
+        for dtype, row in found.items():
+            print(json.dumps({dtype: row}) if arguments.json else
+                  f"{dtype}: {row['tokens_per_cpu_s']:,.0f} tokens for a second of one core, {row['matmul_share']:.0%} of its matmul rate {row['matmul_flops'] / 1e9:,.0f} GFLOP/s; "
+                  f"8 questions on 2 contexts of 256 tokens: {row['task_seconds_once']:.1f} s with each context read once, {row['task_seconds_whole']:.1f} s with every prompt read whole")
+        return 0
     device, batch = arguments.device, 4
     model, windows = small_llama("float32", device), windows_of(arguments.windows, arguments.length)
     (loss, values), (our_loss, our_values) = plain(model, windows, batch), ours(model, windows, batch)

@@ -31,14 +31,14 @@ SOURCE, STATIC, HTML = WORK / "source", WORK / "static", WORK / "html"
 
 # Sidebar: title, folder under nbs/, reading order of the names known to have one (others follow by name).
 SECTIONS: list[tuple[str, str, str]] = [
-    ("Results", "results", "advice train train_sweep counts horizon contest synthetic synthetic_sweep synthetic_features measure measure_features measure_own tasks speed"),
+    ("Results", "results", "advice train recipes train_sweep counts horizon contest synthetic synthetic_sweep synthetic_features measure measure_features measure_own conventions tasks speed"),
     ("Try it", "try", "train synthetic measure"),
     ("Theory", "theory", "why decomposition bayes_risk recovery approximation optimal_context horizon planner"),
     ("Statistics", "stats", "laws solver fitting bootstrap curves spectrum intrinsic_entropy sources hierarchy lagged"),
     ("Text", "text", "corpus files hub documents tokenizers tokens store identity overlap windows packing retrieval ruler xor_tasks xor_strings"),
     ("Models", "models", "gpt source pretrained xor"),
-    ("Experiments", "experiments", "train schema schedule loop losses group graph counts synthetic synthetic_features measure measure_targets measure_pass representation conventions tasks needle languages horizon"),
-    ("Reports", "reports", "tables train synthetic measure tasks contest"),
+    ("Experiments", "experiments", "train schema schedule loop losses group graph counts synthetic synthetic_features measure measure_any measure_targets measure_pass representation conventions tasks languages horizon"),
+    ("Reports", "reports", "tables train recipes synthetic measure tasks contest"),
     ("Batch", "batch", "cluster template grid resources runs record states execute engine machine launch jobs slurm script cancel results verify live privacy code"),
     ("About", "about", "claims glossary references log cite contribute start"),
     ("Run templates", "runs", ""),

@@ -5,7 +5,7 @@
 # %% ../../nbs/experiments/synthetic_features.ipynb #fe7be9f4
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,8 @@ from torch import nn
 from ..text.xor_strings import Samples, draw, string_count
 from ..models.xor import mask_beyond
 from ..text.xor_tasks import task_set
+from .representation import neighbour_estimates
 from .synthetic import evaluate, load_model
-from ..stats.intrinsic_entropy import kde_entropy, kozachenko_leonenko_entropy, levina_bickel_dimension, two_nn_dimension
 from ..stats.spectrum import StreamingCovariance, dimension_by_threshold, gaussian_entropy, log_eigenvalue_sum, participation_ratio
 
 # %% auto #0
@@ -78,21 +78,13 @@ def feature_measures(features: torch.Tensor | np.ndarray) -> dict[str, float | N
     rank = int(dimension_by_threshold(values, 1e-6))
     near = np.unique((x[:NEIGHBOUR_SAMPLES] - x.mean(0)).round(6), axis=0)
     projected = near @ vectors[:, :leading] / np.sqrt(values[0])
+    near_by = neighbour_estimates(near, projected, discard=0.1, duplicates="raise")
     return {
         "rank": rank, "participation_ratio": participation_ratio(values), "leading": leading, "distinct": len(near),
-        "two_nn": _or_none(two_nn_dimension, near, discard=0.1), "levina_bickel": _or_none(levina_bickel_dimension, near, 20),
+        "two_nn": near_by["twonn_dimension"], "levina_bickel": near_by["levina_bickel_dimension"],
         "gaussian_entropy": gaussian_entropy(values[:rank] / values[0]),
-        "kde_entropy": _or_none(kde_entropy, projected, "likelihood"), "knn_entropy": _or_none(kozachenko_leonenko_entropy, projected, 4),
+        "kde_entropy": near_by["kde_entropy"], "knn_entropy": near_by["knn_entropy"],
     }  # fmt: skip
-
-
-def _or_none(estimator: Callable, *arguments, **options) -> float | None:
-    """The estimate, or None where the estimator says that there is none (too few or too regular points)."""
-    try:
-        value = estimator(*arguments, **options)
-    except ValueError:
-        return None
-    return value if np.isfinite(value) else None
 
 
 def feature_report(folder: Path | str, visible: Sequence[int], n_samples: int = 8000) -> dict[str, list]:

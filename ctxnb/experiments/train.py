@@ -32,6 +32,7 @@ from .losses import Evaluation, autocast, evaluate, next_token_losses, shorter_c
 from .schedule import branch_start, learning_rate_at, survivors
 from .schema import TrainResult, TrainSettings
 from ..models.gpt import gpt, gpt_config, without_mask
+from ..text.identity import check_planned
 from ..text.packing import Packed, Stream, document_positions
 from ..text.tokens import TokenStore, token_store
 from ..text.windows import Subset, Targets, Windows, draw_targets, draw_training_targets, micro_batches, subset
@@ -78,7 +79,8 @@ def read_text(s: TrainSettings, store: TokenStore | None = None) -> Text:
         ValueError: D exceeds the training split, or no window or no target fits in a document.
     """
     if store is None:
-        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens)
+        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens, skip_bad=s.skip_bad)
+        check_planned(store.digest)
     data = subset(store, s.train_tokens, s.seed, s.segment_tokens)
     inside = s.windows == "inside"
     windows = {length: Windows(data, length) if inside else Packed(data, length, store.eod) for length in s.block_lengths}
@@ -554,6 +556,9 @@ def describe(job: Job) -> dict:
         "dev_loss": best["dev_loss"],
         "vocab_size": text.store.vocab_size,
         "bytes_per_token": text.store.bytes_per_token("test"),
+        "data_digest": text.store.digest,
+        "skipped_documents": text.store.skipped,
+        "test_overlap": text.store.overlap,
         "usable_share": usable_share(s, text.data),
         "exposure_context": edges,
         "exposure_share": (np.histogram(visible, [*edges, 2 * edges[-1]])[0] / len(visible)).tolist(),

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..paths import data_dir, write_atomic
+from ..paths import data_dir, shipped, write_atomic
 from ..published import read_published
 
 # %% auto #0
@@ -250,11 +250,12 @@ def task_set(tasks: str, build: bool = False) -> TaskSet:
     """
     if tasks.endswith(".json"):
         return read_tasks(tasks)
-    folder = data_dir() / "tasks"
-    if not (folder / f"{tasks}.json").is_file():
-        known = sorted(path.stem for path in folder.glob("*.json"))
-        raise FileNotFoundError(f"no task set {tasks!r} in {folder}: known are {', '.join(known)}, or the path of a .json file")
-    return read_tasks(folder / f"{tasks}.json")
+    folders = [data_dir() / "tasks", shipped("data/tasks")]
+    for folder in folders:
+        if (folder / f"{tasks}.json").is_file():
+            return read_tasks(folder / f"{tasks}.json")
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
+    raise FileNotFoundError(f"no task set {tasks!r} in {folders[0]}: known are {', '.join(known)}, or the path of a .json file")
 
 # %% ../../nbs/text/xor_tasks.ipynb #7f2251f4
 def equal_tasks(name: str, bits: int, n_tasks: int, gamma: float, start: int, seed: int = 0) -> TaskSet:
