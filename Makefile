@@ -76,6 +76,7 @@ gpu-rehearsal: .venv/.ready
 gpu-collect: .venv/.ready
 	mkdir -p $(RUNS) && tar -xzf $(OUT)/runs.tar.gz -C $(RUNS)
 	$(BIN)/ctxnb results data/grids/standard/train.toml -o data/results/train-standard.parquet
+	$(BIN)/python bench/speed_table.py $(OUT)/report.json -o data/results/speed.parquet
 
 golden: .venv/.ready  ## run a small cell of each template and write its losses to tests/golden, after a new recipe
 	$(BIN)/python tests/golden_cells.py write

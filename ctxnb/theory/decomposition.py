@@ -118,7 +118,7 @@ def count_model(
     counts = counts + pseudocount
     return counts / counts.sum(1, keepdims=True)
 
-
+# %% ../../nbs/theory/decomposition.ipynb #66da698e
 def count_model_study(
     source: MarkovSource | HiddenMarkovSource,
     context_lengths: list[int],
