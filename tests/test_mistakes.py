@@ -22,10 +22,15 @@ from hypothesis import strategies as st
 from ctxnb.batch.grid import read_grid
 from ctxnb.batch.runs import runs_of
 from ctxnb.cli import main
+from ctxnb.text.tokens import token_store
 
 WORDS = """
 import hashlib, pathlib
 class Data: pass
+def other(corpus, build=False):
+    data = Data()
+    data.digest, data.prepared = "0" * 64, False
+    return data
 def words(corpus, build=False):
     file, data = pathlib.Path(corpus), Data()
     if not file.exists(): raise FileNotFoundError(f"corpus {corpus} does not exist")
@@ -58,6 +63,11 @@ class Folder:
 
     def on_grid(self, command: str, *more) -> Result:
         return self(command, self.grid, "--runs-dir", self.runs, *more)
+
+    def launched(self) -> subprocess.CompletedProcess:
+        """`ctxnb run` as a process of its own: a fork server keeps the environment of the first test that started one."""
+        command = [sys.executable, "-m", "ctxnb", "run", self.grid, "--runs-dir", self.runs]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(self.path)})
 
     def finish(self) -> None:
         """Both runs, as the runner leaves them."""
@@ -124,6 +134,34 @@ def test_the_working_folder_plays_no_part(finished, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     shown = finished.on_grid("plan").output
     assert "2 done" in shown and f"relative paths start at {finished.path}" in shown
+
+
+def test_a_run_refuses_other_data_than_planned(folder):
+    (folder.path / "texts").mkdir()
+    for number in range(40):
+        (folder.path / "texts" / f"{number}.txt").write_text(f"document {number} " * 40)
+    fixed = 'corpus = "texts"\ntrain_tokens = 500\nmax_context = 16\ncontext_lengths = [1, 2]\ntest_targets = 4'
+    folder.grid.write_text(f'notebook = "nbs/runs/counts.ipynb"\ndata = "ctxnb_words:other"\n[parameters]\n{fixed}')
+    shown = folder.launched()
+    assert shown.returncode == 1 and "1 interrupted" in shown.stdout, shown.stderr
+    digest = token_store(folder.path / "texts", build=False).digest
+    assert f"opened data {digest[:12]}, planned were {'0' * 12}" in shown.stderr, shown.stderr
+
+
+def test_plan_and_row_say_what_was_skipped_and_what_overlaps(folder):
+    texts = [f"document {number} " * 20 + "the same words at the end of all " * 5 for number in range(60)] + [""]
+    (folder.path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    fixed = 'corpus = "texts.jsonl"\nskip_bad = 0.05\ntrain_tokens = 500\nmax_context = 16\ncontext_lengths = [1, 2]\ntest_targets = 4'
+    folder.grid.write_text(f'notebook = "nbs/runs/counts.ipynb"\ndata = "ctxnb.text.tokens:token_store"\n[parameters]\n{fixed}')
+    store = token_store(folder.path / "texts.jsonl", skip_bad=0.05)
+    assert store.overlap > 0
+    assert (shown := folder.launched()).returncode == 0, shown.stderr
+    folder.on_grid("results", "-o", folder.path / "t.csv")
+    row = pd.read_csv(folder.path / "t.csv").iloc[0]
+    assert (row.skipped_documents, row.test_overlap, row.data_digest) == (1, store.overlap, store.digest)
+    shutil.rmtree(folder.runs)
+    shown = folder.on_grid("plan").output
+    assert "1 bad documents skipped" in shown and "50-token passages occur in the training split" in shown, shown
 
 
 # --- nothing is destroyed --------------------------------------------------------------------------------
@@ -231,7 +269,7 @@ def test_a_join_says_what_it_found(finished):
 
 
 def test_run_ends_with_its_documented_codes(finished):
-    assert finished.on_grid("run").exit_code == 0
+    assert finished.launched().returncode == 0
     first = sorted(finished.runs.iterdir())[0]
     shutil.rmtree(first)
     first.with_name(f"{first.name}.partial").touch()

@@ -128,7 +128,8 @@ def _checked(planned: Plan, source: DataSource) -> tuple[list[str], list[str]]:
         data = source.open(run.parameters)
         if problem := source.problem(run.parameters):
             refused.append(f"its data cannot be read, with paths from {run.base}: {problem}")
-        elif hasattr(settings, "check") and (prepared(data) or not planned.grid.data_source):
+        warnings += getattr(data, "notes", ())
+        if not problem and hasattr(settings, "check") and (prepared(data) or not planned.grid.data_source):
             try:
                 with contextlib.chdir(run.base):
                     warnings += settings(**run.parameters).check(data) or []

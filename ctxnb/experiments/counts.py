@@ -13,6 +13,7 @@ import pandas as pd
 
 from .schema import CountSettings
 from ..stats.bootstrap import cluster_error
+from ..text.identity import check_planned
 from ..text.tokens import TokenStore, token_store
 from ..text.windows import Subset, draw_targets, subset
 
@@ -199,8 +200,8 @@ def measure_counts(*, store: TokenStore | None = None, **settings) -> dict:
         Flat dictionary. Losses in nats per token: `loss` and `loss_se` (Kneser-Ney at the longest l); lists over `lengths`:
         `kneser_ney_loss`, `absolute_loss`, `additive_loss`, `seen` (share of targets whose context occurs in the training text), `discount_1`,
         `discount_2`, `discount_3`; lists over test documents: `document`, `document_targets`; lists over lengths and,
-        within a length, documents: `kneser_ney_document_loss`, `absolute_document_loss`, `additive_document_loss`. `count_seconds` and
-        `tokens_per_s` (training tokens x lengths counted, per second).
+        within a length, documents: `kneser_ney_document_loss`, `absolute_document_loss`, `additive_document_loss`. `data_digest`,
+        `skipped_documents` and `test_overlap` of the text; `count_seconds` and `tokens_per_s` (training tokens x lengths counted, per second).
 
     Raises:
         ValueError: when a setting can't work.
@@ -208,7 +209,8 @@ def measure_counts(*, store: TokenStore | None = None, **settings) -> dict:
     s = CountSettings(**settings)
     wanted = list(s.context_lengths)
     if store is None:
-        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens)
+        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens, skip_bad=s.skip_bad)
+        check_planned(store.digest)
     data = subset(store, s.train_tokens, s.seed, s.segment_tokens)
     targets = draw_targets(store, "test", s.max_context, s.test_targets, s.targets_seed)
     windows = targets.windows(store, s.max_context)[:, s.max_context - wanted[-1] :]  # those of length 0 are targets alone
@@ -229,6 +231,9 @@ def measure_counts(*, store: TokenStore | None = None, **settings) -> dict:
         **{f"discount_{i + 1}": said.discount[wanted, i].tolist() for i in range(3)},
         "document": document.tolist(),
         "document_targets": count.tolist(),
+        "data_digest": store.digest,
+        "skipped_documents": store.skipped,
+        "test_overlap": store.overlap,
         "count_seconds": seconds,
         "tokens_per_s": s.train_tokens * (wanted[-1] + 1) / seconds,
     }

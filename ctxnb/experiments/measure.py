@@ -28,7 +28,7 @@ from ..models.pretrained import (
 from ..models.source import ModelSource, find_model
 from ..paths import write_atomic
 from ..text.corpus import absolute_corpus
-from ..text.identity import recall, remember
+from ..text.identity import check_planned, recall, remember
 from ..text.store import KnownStore, TokenStore, json_digest
 from ..text.tokenizers import load_tokenizer
 from ..text.tokens import token_store
@@ -129,6 +129,11 @@ class MeasuredText:
         """Hash of text, tokenizer, parameters of the store, and model."""
         return hashlib.sha256(f"{self.store.digest}\n{self.source.identity}".encode()).hexdigest()
 
+    @property
+    def notes(self) -> list[str]:
+        """What to know of the text, see `TokenStore.notes`."""
+        return getattr(self.store, "notes", [])
+
 
 def _read_text(source: ModelSource, corpus: str, tokenizer: str, trust_remote_code: bool, build: bool, **options: Any) -> MeasuredText | None:
     """Check a found model, and give it the token store of a text."""
@@ -182,6 +187,8 @@ def measured_text(
         if build or not (known := recall(request)):
             raise
         return KnownStore(known["digest"])
+    if text and build:
+        check_planned(text.digest)
     if text and recall(request) != {"digest": text.digest}:
         remember(request, {"digest": text.digest})
     return text

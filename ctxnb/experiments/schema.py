@@ -82,6 +82,7 @@ class TrainSettings:
     percent: float = setting(100.0, "how much of openwebtext, percent of its documents", 0, 100)
     start_from: float = setting(0.0, "where in openwebtext to start, percent of its documents", 0, 100)
     min_tokens: int = setting(1, "documents of fewer tokens are left out", 1)
+    skip_bad: float = setting(0.0, "share of the documents that may be bad (empty, not UTF-8, ...) and are then skipped and counted", 0, 0.999)
     context_length: int = setting(16, "visible tokens l before the target; the longest block trained on", 1)
     train_tokens: int = setting(20_000, "unique training tokens D", 2)
     seed: int = setting(0, "of the subset, the windows, the initial weights and dropout", 0)
@@ -329,6 +330,7 @@ class CountSettings:
     percent: float = setting(100.0, "how much of openwebtext, percent of its documents", 0, 100)
     start_from: float = setting(0.0, "where in openwebtext to start, percent of its documents", 0, 100)
     min_tokens: int = setting(1, "documents of fewer tokens are left out", 1)
+    skip_bad: float = setting(0.0, "share of the documents that may be bad (empty, not UTF-8, ...) and are then skipped and counted", 0, 0.999)
     train_tokens: int = setting(20_000, "unique training tokens D", 2)
     seed: int = setting(0, "of the subset", 0)
     context_lengths: list[int] = setting([0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24], "visible tokens before the target, ascending", 0)
@@ -342,6 +344,15 @@ class CountSettings:
         lengths = list(self.context_lengths)
         if lengths != sorted(set(lengths)) or lengths[-1] > self.max_context:
             raise ValueError(f"context_lengths = {lengths}: expected ascending numbers from 0 to max_context = {self.max_context}")
+
+    def check(self, store: TokenStore | None) -> list[str]:
+        """Refuse settings that don't fit the text they name, which a plan calls; None: the grid names no text to look at."""
+        from ctxnb.text.windows import draw_targets, subset
+
+        if store is not None:
+            subset(store, self.train_tokens, self.seed, self.segment_tokens)
+            draw_targets(store, "test", self.max_context, self.test_targets, self.targets_seed)
+        return []
 
 # %% ../../nbs/experiments/schema.ipynb #08461c3e
 def column(about: str) -> Any:
@@ -376,6 +387,9 @@ class TrainResult:
     document_targets: list[int] = column("test targets in each document")
     vocab_size: int = column("token ids, the end of a document included")
     bytes_per_token: float = column("UTF-8 bytes per token of the test split")
+    data_digest: str = column("digest of the text that the run opened; the one it was planned with, or the run refuses")
+    skipped_documents: int = column("bad documents of the text that were skipped")
+    test_overlap: float | None = column("share of the test split's 50-token passages that occur in the training split; None where test documents are shorter")
     usable_share: float = column("share of the D training tokens that lie in a piece long enough for a window of l")
     exposure_context: list[int] = column("lower edges of the bins of visible context: 1, 2, 4, ...")
     exposure_share: list[float] = column("share of the training targets whose visible context is in each bin")

@@ -21,6 +21,7 @@ from .loop import Checkpoint, Progress, choose_device, fit, out_of_patience
 from .schema import SyntheticSettings
 from ..models.xor import make_model, mask_beyond
 from ..paths import write_atomic
+from ..text.identity import check_planned
 from ..text.xor_strings import Samples, split
 from ..text.xor_tasks import TaskSet, task_set
 
@@ -292,6 +293,7 @@ def train(*, folder: Path | str, checkpoint_seconds: float = 30.0, **settings) -
     """
     s = SyntheticSettings(**settings)
     device, tasks, folder = choose_device(s.device), task_set(s.tasks), Path(folder)
+    check_planned(tasks.digest)
     tasks.bayes_risk(s.context_length)  # refuses more bits than the strings have
     samples = split(tasks, s.train_samples, s.dev_samples, s.test_samples, s.seed)
     folder.mkdir(parents=True, exist_ok=True)

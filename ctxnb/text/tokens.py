@@ -164,11 +164,7 @@ def _report(corpus: Corpus, manifest: dict, seconds: float) -> None:
     """Say what was read and what was left out, on standard error: standard output belongs to the commands' results."""
     parts = [*manifest["splits"].values(), manifest["dropped"]]
     documents, tokens, size = (sum(part[what] for part in parts) for what in ("documents", "tokens", "bytes"))
-    notes = [f"{manifest['dropped']['documents']:,} documents shorter than min_tokens dropped"] if manifest["dropped"]["documents"] else []
-    notes += [f"{manifest['skipped']:,} bad documents skipped"] if "skipped" in manifest else []
-    notes += [f"left out {corpus.note}"] if corpus.note else []
-    if share := manifest["overlap"]["test_50grams_in_train"]:
-        notes.append(f"{share:.1%} of the test split's 50-token passages occur in the training split")
+    notes = TokenStore(Path(), manifest, "").notes + ([f"left out {corpus.note}"] if corpus.note else [])
     print(f"{corpus.name} as {manifest['tokenizer']['name']}: {documents:,} documents, {size / 1e6:.1f} MB, {tokens / 1e6:.2f} M tokens in {seconds:.1f} s "
           f"({size / 1e6 / seconds:.1f} MB/s, {tokens / 1e6 / seconds:.2f} M tokens/s){'; ' * bool(notes)}{'; '.join(notes)}", file=sys.stderr)
 
