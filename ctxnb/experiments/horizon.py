@@ -27,8 +27,6 @@ ASSUMPTIONS = (
     "pairs of tokens tell how far a model of the text must look, and documents are alike",
     "the text to come is like the text measured",
 )
-
-
 MIN_DOCUMENTS = 16
 
 
@@ -51,18 +49,7 @@ def choose_lags(lengths: np.ndarray, longest: int = 1024, count: int = 40) -> np
         raise ValueError(f"{int((usable > 16).sum())} documents of at least 17 tokens: expected at least {MIN_DOCUMENTS}")
     return np.unique(np.geomspace(1, min(longest, usable[MIN_DOCUMENTS - 1] - 1), count).astype(np.int64))
 
-
-def _finite(value):
-    """The same with lists for arrays and None for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_finite(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value
-
-# %% ../../nbs/experiments/horizon.ipynb #65023s1
+# %% ../../nbs/experiments/horizon.ipynb #d2aabcae
 def measure_horizon(
     store: TokenStore, train_tokens: float, lags: Sequence[int] | None = None, centre: str = "document", resamples: int = 1000, seed: int = 0,
 ) -> dict:
@@ -100,6 +87,17 @@ def measure_horizon(
         "centre": centre, "vocab_size": store.vocab_size, "assumptions": ASSUMPTIONS,
         "all_lags": norms.lags, "norm": norms.norm, "norm_error": norms.error, "frobenius": norms.frobenius,
     })
+
+
+def _finite(value):
+    """The same with lists for arrays and None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_finite(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value
 
 # %% ../../nbs/experiments/horizon.ipynb #75168a27
 def open_text(corpus: str, tokenizer: str = "bytes") -> TokenStore:
