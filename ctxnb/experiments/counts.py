@@ -82,7 +82,7 @@ def _one_longer(shorter: _Grams, length: int, tokens: np.ndarray, depth: np.ndar
     # the context of an n-gram ends one token earlier; before the first token of all stands the empty context, 0
     return _Grams(key[first], np.diff(first, append=len(key)), shorter.ending_at[end[first] - 1], ending_at)
 
-
+# %% ../../nbs/experiments/counts.ipynb #97f53s1
 def _shares(
     count: np.ndarray, prefix: np.ndarray, contexts: int, gram: np.ndarray, context: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +111,7 @@ def _at(values: np.ndarray, number: np.ndarray) -> np.ndarray:
     """Values by number, 0 where the number is -1."""
     return np.append(values, 0)[number]  # -1 is the last
 
-
+# %% ../../nbs/experiments/counts.ipynb #97f53s2
 MODELS = ("kneser_ney", "absolute", "additive")
 
 

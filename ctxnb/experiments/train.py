@@ -535,7 +535,7 @@ def measure(job: Job) -> dict:
         "document_targets": final.document_targets.tolist(),
     }
 
-
+# %% ../../nbs/experiments/train.ipynb #3522bs1
 def describe(job: Job) -> dict:
     """What was trained on, how it was chosen, and what it cost.
 
