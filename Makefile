@@ -36,7 +36,7 @@ site: .venv/.ready  ## rebuild the site from the notebooks and the tables at han
 	$(BIN)/python docs/build.py
 
 lab: .venv/.ready  ## open JupyterLab at its start page
-	cd nbs && ../$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/start.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/start.ipynb --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # Notebooks that take a minute or more: `make test-rest` runs them.
 SLOW_NOTEBOOKS = intrinsic_entropy
@@ -76,6 +76,7 @@ gpu-rehearsal: .venv/.ready
 gpu-collect: .venv/.ready
 	mkdir -p $(RUNS) && tar -xzf $(OUT)/runs.tar.gz -C $(RUNS)
 	$(BIN)/ctxnb results data/grids/standard/train.toml -o data/results/train-standard.parquet
+	$(BIN)/python bench/speed_table.py $(OUT)/report.json -o data/results/speed.parquet
 
 golden: .venv/.ready  ## run a small cell of each template and write its losses to tests/golden, after a new recipe
 	$(BIN)/python tests/golden_cells.py write

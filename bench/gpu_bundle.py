@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 GRIDS = ("data/grids/standard/train.toml",)
 THERE = ("torch", "transformers", "numpy", "pandas", "pyarrow", "tiktoken", "tokenizers", "safetensors", "scipy", "scikit-learn", "matplotlib", "psutil")
-NEEDED = ("papermill", "execnb", "fastcore", "pebble", "nbformat", "filelock", "click", "tqdm", "pytest")  # with all that they need in turn
+NEEDED = ("papermill", "execnb", "fastcore", "pebble", "nbformat", "filelock", "click", "tqdm", "pytest", "pytest-xdist", "accelerate")  # with all that they need in turn
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64")
 MOST_MB = 50
 

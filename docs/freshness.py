@@ -26,10 +26,10 @@ def provenance(table: Path, root: Path, page: str = "") -> tuple[str, list[str]]
         Sentences, and complaints: rows of an older recipe that the page does not state, or made from other data, and runs
         that the grid asks for and the table lacks. A table that is not of runs has neither.
     """
-    from ctxnb.batch.verify import verifications  # not at the top: a site without runs does not need the runner
-
     if not set(COLUMNS) <= set(pq.read_schema(table).names):
         return "", []
+    from ctxnb.batch.verify import verifications  # not at the top: a site without runs does not need the runner
+
     rows = pd.read_parquet(table)
     days = sorted({text[:10] for text in rows.started})
     made = f"{len(rows)} run{'s' * (len(rows) > 1)} of {days[0]}" + (f" to {days[-1]}" if len(days) > 1 else "")
