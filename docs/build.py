@@ -379,7 +379,7 @@ def state(texts: dict[str, str]) -> str:
     """Hash of all that a site is made from: sources, modules, settings, tools."""
     files = [*find_modules().values(), ROOT / "settings.ini", *sorted(NBS.rglob("[!.]*.ipynb")),
              *sorted(path for path in (ROOT / "docs").rglob("*") if path.suffix != ".pyc" and path.is_file())]
-    tools = [version(name) for name in ("sphinx", "sphinx-book-theme", "sphinx-copybutton", "myst-nb", "pydata-sphinx-theme")]
+    tools = [version(name) for name in ("sphinx", "sphinx-book-theme", "sphinx-click", "sphinx-copybutton", "myst-nb", "pydata-sphinx-theme")]
     return hashlib.sha256(json.dumps([texts, digest(*files), tools], sort_keys=True).encode()).hexdigest()
 
 
