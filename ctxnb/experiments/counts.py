@@ -134,6 +134,15 @@ class Predictions:
     discount: np.ndarray
 
 
+def _check(tokens: np.ndarray, lengths: np.ndarray, windows: np.ndarray, vocab_size: int) -> None:
+    """Refuse pieces that are not those of the tokens, and ids out of range."""
+    if len(tokens) < 1 or lengths.min() < 1 or lengths.sum() != len(tokens):
+        raise ValueError(f"pieces of {lengths.sum():,} tokens in all for {len(tokens):,} tokens: expected as many, and no empty piece")
+    for name, ids in (("tokens", tokens), ("windows", windows)):
+        if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+            raise ValueError(f"{name} hold ids from {ids.min()} to {ids.max()}: expected 0 to {vocab_size - 1}")
+
+# %% ../../nbs/experiments/counts.ipynb #36ac5d85
 def predict(tokens: np.ndarray, lengths: np.ndarray, windows: np.ndarray, vocab_size: int) -> Predictions:
     """Probabilities of targets by count models of every context length 0, ..., L, in one pass.
 
@@ -178,15 +187,6 @@ def predict(tokens: np.ndarray, lengths: np.ndarray, windows: np.ndarray, vocab_
         if l < L:
             context = longer.find(context, windows[:, L - 1 - l], vocab_size)
     return Predictions(*(np.stack(column) for column in zip(*rows)))
-
-
-def _check(tokens: np.ndarray, lengths: np.ndarray, windows: np.ndarray, vocab_size: int) -> None:
-    """Refuse pieces that are not those of the tokens, and ids out of range."""
-    if len(tokens) < 1 or lengths.min() < 1 or lengths.sum() != len(tokens):
-        raise ValueError(f"pieces of {lengths.sum():,} tokens in all for {len(tokens):,} tokens: expected as many, and no empty piece")
-    for name, ids in (("tokens", tokens), ("windows", windows)):
-        if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
-            raise ValueError(f"{name} hold ids from {ids.min()} to {ids.max()}: expected 0 to {vocab_size - 1}")
 
 # %% ../../nbs/experiments/counts.ipynb #77be7722
 def measure_counts(*, store: TokenStore | None = None, **settings) -> dict:

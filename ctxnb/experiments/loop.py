@@ -228,6 +228,9 @@ def add_losses(progress: Progress, losses: torch.Tensor, limit: float = math.inf
     return mean
 
 # %% ../../nbs/experiments/loop.ipynb #adacc5ca
+_LOOK = 50  # steps between two looks at the training losses
+
+
 def _note(progress: Progress, train_loss: float, measure, weights, stop) -> None:
     """Measure the dev loss: history, best weights, early stopping."""
     started = time.perf_counter()
@@ -245,9 +248,6 @@ def _note(progress: Progress, train_loss: float, measure, weights, stop) -> None
              extra={"metrics": {"step": progress.step, "train_loss": train_loss, "dev_loss": dev_loss}})
 
 # %% ../../nbs/experiments/loop.ipynb #adaccs1
-_LOOK = 50  # steps between two looks at the training losses
-
-
 def fit(
     progress: Progress,
     update: Callable[[int], torch.Tensor],
