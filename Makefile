@@ -5,7 +5,7 @@ BIN    := .venv/bin
 RUNS   := $(or $(CTXNB_RUNS),data/runs)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup run site lab test test-rest test-all test-system-deps lint gpu-bundle gpu-rehearsal gpu-collect golden export readme check
+.PHONY: help setup run site lab test test-rest test-all test-system-deps lint gpu-bundle gpu-rehearsal gpu-collect golden export scorecard readme check
 help:        ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
@@ -36,7 +36,7 @@ site: .venv/.ready  ## rebuild the site from the notebooks and the tables at han
 	$(BIN)/python docs/build.py
 
 lab: .venv/.ready  ## open JupyterLab at its start page
-	cd nbs && ../$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/start.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/start.ipynb --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # Notebooks that take a minute or more: `make test-rest` runs them.
 SLOW_NOTEBOOKS = intrinsic_entropy
@@ -76,6 +76,7 @@ gpu-rehearsal: .venv/.ready
 gpu-collect: .venv/.ready
 	mkdir -p $(RUNS) && tar -xzf $(OUT)/runs.tar.gz -C $(RUNS)
 	$(BIN)/ctxnb results data/grids/standard/train.toml -o data/results/train-standard.parquet
+	$(BIN)/python bench/speed_table.py $(OUT)/report.json -o data/results/speed.parquet
 
 golden: .venv/.ready  ## run a small cell of each template and write its losses to tests/golden, after a new recipe
 	$(BIN)/python tests/golden_cells.py write
@@ -83,6 +84,13 @@ golden: .venv/.ready  ## run a small cell of each template and write its losses 
 export: .venv/.ready  ## write ctxnb/*.py and README.md from the notebooks, and clean the notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+	@$(MAKE) --no-print-directory readme
+
+# After a table has changed: the scorecard computes every finding, the front page quotes it.
+scorecard: .venv/.ready
+	cd nbs/about && OMP_NUM_THREADS=1 ../../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace claims.ipynb
+	cd nbs && OMP_NUM_THREADS=1 ../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace index.ipynb
+	@$(BIN)/nbdev_clean
 	@$(MAKE) --no-print-directory readme
 
 # The code of the index is for the page; links in it are relative to nbs/.

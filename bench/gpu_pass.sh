@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash bench/gpu_pass.sh BUNDLE OUT [SECONDS] [--rehearse] [--only=correctness|speed|science]
+# bash bench/gpu_pass.sh BUNDLE OUT [SECONDS] [--rehearse] [--only=correctness|speed|science|others]
 #
 # Everything that this project does on CUDA, proven, timed and begun, in SECONDS (570) on one GPU without a network. BUNDLE is the folder that
 # `make gpu-bundle` made; results go into OUT as they come: report.md says what happened, report.json holds its figures. --rehearse does the same

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -29,23 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS, SITE, WORK = ROOT / "nbs", ROOT / "site", ROOT / "_proc"
 SOURCE, STATIC, HTML = WORK / "source", WORK / "static", WORK / "html"
 
-# Sidebar: title, folder under nbs/, reading order of the names known to have one (others follow by name).
-SECTIONS: list[tuple[str, str, str]] = [
-    ("Results", "results", "advice planner train train_sweep counts horizon contest synthetic synthetic_sweep synthetic_features measure measure_features measure_own tasks"),
-    ("Try it", "try", "train synthetic measure"),
-    ("Theory", "theory", "why decomposition bayes_risk recovery approximation optimal_context horizon planner"),
-    ("Statistics", "stats", "laws solver fitting bootstrap curves spectrum intrinsic_entropy sources hierarchy lagged"),
-    ("Text", "text", "corpus files hub documents tokenizers tokens store identity overlap windows packing retrieval ruler xor_tasks xor_strings"),
-    ("Models", "models", "gpt source pretrained xor"),
-    ("Experiments", "experiments", "train schema schedule loop losses group counts synthetic synthetic_features measure measure_targets measure_pass representation conventions tasks needle languages horizon pilots"),
-    ("Reports", "reports", "tables train synthetic measure tasks"),
-    ("Batch", "batch", "cluster template grid resources runs record states execute engine machine launch jobs slurm script cancel results verify live privacy code"),
-    ("About", "about", "claims glossary references log cite contribute start"),
-    ("Run templates", "runs", ""),
-]
-ROOT_PAGES = "about"  # notebooks beside index.ipynb belong to this section
-
-
 class BuildError(Exception):
     """The site cannot be built; the message names the notebook or page and what is wrong with it."""
 
@@ -53,20 +37,30 @@ class BuildError(Exception):
 # --- what there is ------------------------------------------------------------------------------------------
 
 
-def find_sections() -> dict[str, list[str]]:
-    """Section title -> pages (paths below nbs/ without suffix) in reading order."""
-    found: dict[str, list[str]] = {}
-    for path in NBS.rglob("*.ipynb"):
-        parts = path.relative_to(NBS).parts
-        if not any(part.startswith((".", "_")) for part in parts) and parts != ("index.ipynb",):
-            found.setdefault(parts[0] if len(parts) > 1 else ROOT_PAGES, []).append("/".join(parts).removesuffix(".ipynb"))
-    extra = [(folder.capitalize(), folder, "") for folder in sorted(found.keys() - {folder for _, folder, _ in SECTIONS})]
-    sections = {}
-    for title, folder, order in [*SECTIONS[:-2], *extra, *SECTIONS[-2:]]:
-        rank = {f"{folder}/{name}": i for i, name in enumerate(order.split())}
-        if pages := sorted(found.get(folder, []), key=lambda page: (rank.get(page, len(rank)), page)):
-            sections[title] = pages
-    return sections
+def target(entry: str) -> str:
+    """The page of an entry of the sidebar: `Other title <page>` or `page`."""
+    return entry.rpartition("<")[2].rstrip(">")
+
+
+def read_sidebar() -> list[dict]:
+    """Groups of `docs/sidebar.toml`, each with those of its pages that exist; what no line names is at the end of its folder's group or section."""
+    paths = [path.relative_to(NBS) for path in NBS.rglob("*.ipynb")]
+    pages = {path.as_posix().removesuffix(".ipynb") for path in paths if not any(part.startswith((".", "_")) for part in path.parts)} - {"index"}
+    groups = tomllib.loads((ROOT / "docs" / "sidebar.toml").read_text(encoding="utf-8"))["group"]
+    sections = groups[-1]["section"]
+    for section in sections:
+        section["pages"] = [f"{section['folder']}/{name}" for name in section.get("pages", [])]
+    named = {target(entry) for part in (*groups, *sections) for entry in part.get("pages", [])}
+    home = {part["folder"]: part for part in (*groups, *sections) if "folder" in part}
+    for page in sorted(pages - named):
+        folder = str(Path(page).parent)
+        if folder not in home:
+            sections.append({"title": folder.capitalize(), "folder": folder, "pages": []})
+            home[folder] = sections[-1]
+        home[folder]["pages"].append(page)
+    for part in (*groups, *sections):
+        part["pages"] = [entry for entry in part.get("pages", []) if target(entry) in pages]
+    return groups
 
 
 def find_runs(tables: Iterable[Path]) -> dict[str, Path]:
@@ -109,15 +103,24 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
     return nb
 
 
-def for_readers(nb: nbformat.NotebookNode, folded: bool = False) -> nbformat.NotebookNode:
+def for_readers(nb: nbformat.NotebookNode, chapter: bool = False) -> nbformat.NotebookNode:
     """A notebook as a reader should see it.
 
     Args:
         nb: as it was read; changed.
-        folded: whether its code is opened by a click, as on pages of results.
+        chapter: whether it is read for what it says, as theory and results are: code is opened by a click, code that shows nothing (set-up, tests) is left out, and what is exported is
+            described in a block at the end.
     """
     module = next((f"ctxnb.{found[1]}" for cell in nb.cells if (found := re.search(r"^#\| *default_exp +(\S+)", cell.source, re.MULTILINE))), "")
-    cells = [part for cell in nb.cells for part in (code_cells(cell, module, folded) if cell.cell_type == "code" else [cell])]
+    cells, entries = [], []
+    for cell in nb.cells:
+        parts = code_cells(cell, module, chapter) if cell.cell_type == "code" else [cell]
+        if chapter and cell.cell_type == "code":
+            entries += [part.source for part in parts if part.cell_type == "markdown"]
+            parts = [part for part in parts if part.get("outputs")]
+        cells += parts
+    if entries:
+        cells.append(new_markdown_cell("::::{admonition} Functions and classes of this chapter\n:collapsible: closed\n:class: api\n\n" + "\n\n".join(entries) + "\n::::"))
     nb.cells = [cell for cell in cells if cell.source.strip() or cell.get("outputs")]
     nb.metadata = nbformat.from_dict({"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})  # for the highlighting of code
     return nb
@@ -206,44 +209,61 @@ def note_provenance(nb: nbformat.NotebookNode, tables: Iterable[Path]) -> list[s
     wrong = [f"{table}: {'; '.join(complaints)}" for table, (_, complaints) in said.items() if complaints]
     made = [f"- `{table}`: {made_from}" for table, (made_from, _) in said.items() if made_from]
     notes = [":::{warning}\n**Stale or incomplete.** This page shows what was recorded, but:\n\n" + "\n".join(f"- {line}" for line in wrong) + "\n:::"] * bool(wrong)
-    notes += [":::{admonition} Made from\n:class: note provenance\n\n" + "\n".join(made) + "\n:::"] * bool(made)
+    notes += [":::{admonition} Made from\n:class: note provenance\n:collapsible: closed\n\n" + "\n".join(made) + "\n:::"] * bool(made)
     nb.cells[1:1] = [new_markdown_cell("\n\n".join(notes))] * bool(notes)
     return wrong
 
 
-def run_page(run: str, folder: Path) -> nbformat.NotebookNode:
-    """Page of an executed run: its parameters and result above the notebook; found by links only."""
-    nb = for_readers(read_notebook(folder / "notebook.ipynb"), folded=True)
+def run_page(run: str, folder: Path, back: str) -> nbformat.NotebookNode:
+    """Page of an executed run: its figures, parameters and result above the notebook; found by links only.
+
+    Args:
+        run: its id.
+        folder: its folder.
+        back: page that shows its table, empty if there is none.
+    """
+    nb = for_readers(read_notebook(folder / "notebook.ipynb"), chapter=True)
     for cell in nb.cells:
         cell.metadata.get("mystnb", {}).get("figure", {}).pop("name", None)
         if cell.cell_type == "markdown":  # the template's page carries the labels, and may have changed since; the one H1 here is the run's
             for pattern, text in ((r"\$\$[ \t]*\([\w:-]+\)[ \t]*$", "$$"), (r"^\([\w:-]+\)=\n", ""), (r"\{(?:eq|numref|ref|doc)\}(?=`)", ""),
                                   (r"\[([^]]*)\]\([^)]*\.ipynb[^)]*\)", r"\1"), (r"^(?=#+ )", "#")):
                 cell.source = re.sub(pattern, text, cell.source, flags=re.MULTILINE)
-    tables = []
+    tables = [f"[The results that it is part of](../{back}.ipynb)"] * bool(back)
     for title, name in (("Parameters", "parameters.json"), ("Result", "result.json")):
         if (folder / name).is_file():
             rows = [f"| `{key}` | {cell_text(value)} |" for key, value in json.loads((folder / name).read_text()).items()]
             tables.append(f"**{title}**\n\n| name | value |\n|---|---|\n" + "\n".join(rows))
-    nb.cells.insert(0, new_markdown_cell("\n\n".join([f"# Run {run[:12]}", *tables])))
+    figures = [cell for cell in nb.cells if any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))]
+    nb.cells = [new_markdown_cell("\n\n".join([f"# Run {run}", *tables[:1]])), *figures[:1], new_markdown_cell("\n\n".join(tables[1:])),
+                *(cell for cell in nb.cells if cell not in figures[:1])]
     nb.metadata.update(orphan=True, nosearch=True)
     return nb
 
 
 def cell_text(value) -> str:
-    """A parameter or result as the text of one table cell; long lists by their ends."""
+    """A parameter or result as the text of one table cell; measured numbers with four digits, long lists by their ends."""
     if isinstance(value, list) and len(value) > 12:
         return f"`{json.dumps(value[:4])[:-1]}, ... {json.dumps(value[-2:])[1:]}` ({len(value)} values)"
-    return "`" + json.dumps(value).replace("|", "\\|").replace("`", "'") + "`"
+    return "`" + (f"{value:.4g}" if isinstance(value, float) else json.dumps(value)).replace("|", "\\|").replace("`", "'") + "`"
+
+
+def unpacked(packed: str) -> str:
+    """Text that a notebook keeps compressed."""
+    return gzip.decompress(base64.b64decode(packed)).decode()
 
 
 def offer_numbers(nb: nbformat.NotebookNode, page: str) -> dict[str, str]:
-    """Move the numbers that figures carry as CSV into files (name below nbs/ -> text), with a link below each figure."""
+    """Show figures as SVG, and move the numbers that they carry as CSV into files (name below nbs/ -> text), with a link below each."""
     files = {}
     for i, cell in reversed(list(enumerate(nb.cells))):
         data = [output.get("data", {}) for output in cell.get("outputs", [])]
+        for d in data:
+            if vector := d.pop("application/vnd.ctxnb.svg+gzip", None):
+                d["image/svg+xml"] = unpacked(vector)
+                d.pop("image/png", None)
         texts = [d.pop("text/csv") for d in data if "text/csv" in d]
-        texts += [gzip.decompress(base64.b64decode(d.pop("application/gzip"))).decode() for d in data if "application/gzip" in d]
+        texts += [unpacked(d.pop("application/gzip")) for d in data if "application/gzip" in d]
         figure = cell.metadata.get("mystnb", {}).get("figure", {})
         for k, text in enumerate(texts):
             name = figure.get("name", f"figure-{i}") + (f"-{k + 1}" if len(texts) > 1 else "")
@@ -256,11 +276,18 @@ def offer_numbers(nb: nbformat.NotebookNode, page: str) -> dict[str, str]:
     return files
 
 
-def unlink_missing(nb: nbformat.NotebookNode, runs: Iterable[str]) -> None:
-    """Links to the pages of runs that are not on this machine become plain text."""
-    link = re.compile(r'<a [^>]*href="\.\./runs/([^"/]+)\.html"[^>]*>(.*?)</a>', re.DOTALL)
+def tidy_tables(nb: nbformat.NotebookNode, runs: Iterable[str]) -> None:
+    """Numbers of tables with four digits; links to the pages of runs that are not on this machine become plain text."""
+    link, number = re.compile(r'<a [^>]*href="\.\./runs/([^"/]+)\.html"[^>]*>(.*?)</a>', re.DOTALL), re.compile(r"(?<=<td>)-?\d+\.\d{4,}(?=</td>)")
     for data in [output.data for cell in nb.cells for output in cell.get("outputs", []) if "text/html" in output.get("data", {})]:
-        data["text/html"] = link.sub(lambda match: match[0] if match[1] in runs else match[2], data["text/html"])
+        html = link.sub(lambda match: match[0] if match[1] in runs else match[2], data["text/html"])
+        data["text/html"] = number.sub(lambda match: f"{float(match[0]):.4g}" if abs(float(match[0])) < 1000 else f"{float(match[0]):.0f}", html)
+
+
+def origin(page: str) -> nbformat.NotebookNode:
+    """The line below a page's title that says which notebook it is, and offers it."""
+    up = os.path.relpath(NBS, SOURCE)
+    return new_markdown_cell(f":::{{container}} origin\n`nbs/{page}.ipynb` {{download}}`Download this notebook </{up}/{page}.ipynb>`\n:::")
 
 
 def as_text(nb: nbformat.NotebookNode) -> str:
@@ -281,12 +308,19 @@ def as_text(nb: nbformat.NotebookNode) -> str:
 # --- the sources --------------------------------------------------------------------------------------------
 
 
-def front_matter(sections: dict[str, list[str]], modules: Iterable[str]) -> tuple[str, str]:
-    """The sidebar as hidden toctrees of the front page, and the index of the modules, whose pages autosummary writes."""
-    trees = sections | ({"API": ["api/index"]} if modules else {})
-    sidebar = "\n\n".join(f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```" for title, pages in trees.items())
-    listed = "\n".join(f"   {module}" for module in modules)
-    return sidebar, f"Modules\n=======\n\nWhat the notebooks export, by module. Losses are in nats.\n\n.. autosummary::\n   :toctree: .\n   :template: reference.rst\n\n{listed}\n"
+def front_matter(groups: list[dict], modules: Iterable[str]) -> tuple[str, dict[str, str]]:
+    """The sidebar as hidden toctrees of the front page, and the pages (name -> text) that fold the sections and the modules, which autosummary describes."""
+    listed, texts, trees = "\n".join(f"   {module}" for module in modules), {}, {group["title"]: [*group["pages"]] for group in groups}
+    for section in filter(lambda section: section["pages"], groups[-1]["section"]):
+        name = f"reference/{Path(section['folder']).name or 'project'}"
+        texts[f"{name}.md"] = f"# {section['title']}\n\n{section.get('text', '')}\n\n```{{toctree}}\n\n" + "\n".join(f"/{page}" for page in section["pages"]) + "\n```\n"
+        trees[groups[-1]["title"]].append(name)
+    if listed:
+        trees[groups[-1]["title"]].append("api/index")
+        texts["api/index.rst"] = ("Modules\n=======\n\nWhat the notebooks export, by module. Losses are in nats.\n\n"
+                                  f".. autosummary::\n   :toctree: .\n   :template: reference.rst\n\n{listed}\n")
+    sidebar = "\n\n".join(f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```" for title, pages in trees.items() if pages)
+    return sidebar, texts
 
 
 def prepare() -> dict[str, str]:
@@ -296,25 +330,32 @@ def prepare() -> dict[str, str]:
     if not (NBS / "index.ipynb").is_file():
         raise BuildError("nbs/index.ipynb is missing: it is the site's front page")
     tables = {path.stem: path for path in sorted((runs_dir() / "tables").glob("*.parquet"))}
-    sections, modules, runs = find_sections(), find_modules(), find_runs(tables.values())
-    code, sidebar, api = digest(*modules.values()), *front_matter(sections, modules)
-    texts = {"api/index.rst": api} if modules else {}
-    for page in ["index", *(page for pages in sections.values() for page in pages)]:
+    groups, modules, runs = read_sidebar(), find_modules(), find_runs(tables.values())
+    code, (sidebar, texts) = digest(*modules.values()), front_matter(groups, modules)
+    chapters = {target(entry) for group in groups if group.get("chapters") for entry in group["pages"]}
+    pages = ["index", *(target(entry) for part in (*groups, *groups[-1]["section"]) for entry in part["pages"])]
+    shows, subtitles = {}, {}
+    for page in pages:
         path = NBS / f"{page}.ipynb"
         committed = tables_of(path)
         fresh = {name: tables[table.stem] for name, table in committed.items() if table.stem in tables}
-        nb = for_readers(read_notebook(on_fresh_tables(path, fresh, code) if fresh else path), folded=bool(committed))
+        nb = for_readers(read_notebook(on_fresh_tables(path, fresh, code) if fresh else path), chapter=bool(committed) or page in chapters)
+        shows |= {run: page for table in fresh.values() for run in find_runs([table]) if run not in shows}
+        subtitles[page] = " ".join(re.findall(r"^> *(.*)", nb.cells[0].source, re.MULTILINE)) if nb.cells else ""
         for line in note_provenance(nb, (committed | fresh).values()):
             print(f"site: stale or incomplete: {shown(path)}: {line}", flush=True)
-        unlink_missing(nb, runs)
+        tidy_tables(nb, runs)
+        nb.cells[1:1] = [origin(page)] * (page != "index")
         nb.cells += [new_markdown_cell(sidebar)] * (page == "index")
         texts |= offer_numbers(nb, page)
         texts[f"{page}.ipynb"] = as_text(nb)
-    texts |= {f"runs/{run}.ipynb": as_text(run_page(run, folder)) for run, folder in runs.items()}
+    texts |= {f"runs/{run}.ipynb": as_text(run_page(run, folder, shows.get(run, ""))) for run, folder in runs.items()}
     shutil.rmtree(SOURCE, ignore_errors=True)
     for name, text in texts.items():
         (SOURCE / name).parent.mkdir(parents=True, exist_ok=True)
         (SOURCE / name).write_text(text, encoding="utf-8")
+    STATIC.mkdir(parents=True, exist_ok=True)
+    (STATIC / "subtitles.js").write_text(f"const SUBTITLES = {json.dumps(subtitles)};\n")
     print(f"site: {sum(not name.endswith('.csv') for name in texts)} pages ({len(runs)} of runs)", flush=True)
     return texts
 
@@ -336,8 +377,9 @@ def copy_mathjax() -> None:
 
 def state(texts: dict[str, str]) -> str:
     """Hash of all that a site is made from: sources, modules, settings, tools."""
-    files = [*find_modules().values(), *sorted(path for path in (ROOT / "docs").rglob("*") if path.suffix != ".pyc" and path.is_file()), ROOT / "settings.ini"]
-    tools = [version(name) for name in ("sphinx", "sphinx-book-theme", "sphinx-copybutton", "myst-nb", "pydata-sphinx-theme")]
+    files = [*find_modules().values(), ROOT / "settings.ini", *sorted(NBS.rglob("[!.]*.ipynb")),
+             *sorted(path for path in (ROOT / "docs").rglob("*") if path.suffix != ".pyc" and path.is_file())]
+    tools = [version(name) for name in ("sphinx", "sphinx-book-theme", "sphinx-click", "sphinx-copybutton", "myst-nb", "pydata-sphinx-theme")]
     return hashlib.sha256(json.dumps([texts, digest(*files), tools], sort_keys=True).encode()).hexdigest()
 
 

@@ -33,6 +33,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx.ext.mathjax",
+    "sphinx_click",
     "sphinx_copybutton",
 ]
 copybutton_selector = "div.highlight:not(.cell_output *) > pre"  # code to run, not what it printed
@@ -41,6 +42,7 @@ copybutton_selector = "div.highlight:not(.cell_output *) > pre"  # code to run, 
 nb_execution_mode = "off"
 nb_output_stderr = "remove"  # progress bars and warnings that name this machine's folders
 nb_merge_streams = True
+suppress_warnings = ["mystnb.unknown_mime_type"]  # an output in one more form, for other pages to read
 nb_render_markdown_format = "myst"  # tables that a result page computes
 nb_code_prompt_show = "Show code"
 nb_code_prompt_hide = "Hide code"
@@ -77,6 +79,8 @@ html_context = {"default_mode": "auto"}
 html_title = project
 html_static_path = ["_static", str(ROOT / "_proc" / "static")]
 html_css_files = ["ctxnb.css"]
+html_js_files = ["site.js"]
+html_search_scorer = str(ROOT / "docs" / "scorer.js")
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
@@ -185,15 +189,17 @@ def source_links_to_reference(app, env) -> None:
             used.update(dict.fromkeys(used, f"api/{module}"))
 
 
-def add_planner(app, page, template, context, doctree) -> None:
-    """The script of the planner, on a page that holds one."""
+def add_scripts(app, page, template, context, doctree) -> None:
+    """The script of the planner on a page that holds one, and the pages' subtitles for the results of a search."""
     if '<div class="planner">' in context.get("body", ""):
         app.add_js_file("planner.js")
+    if page == "search":
+        app.add_js_file("subtitles.js", priority=100)
 
 
 def setup(app) -> None:
     app.connect("env-updated", source_links_to_reference)
-    app.connect("html-page-context", add_planner)
+    app.connect("html-page-context", add_scripts)
     app.set_html_assets_policy("always")  # a title with a formula stands in every page's sidebar
     app.add_directive("rst", ReStructuredText)
     app.add_post_transform(LinkExportedNames)

@@ -2,6 +2,7 @@
 
 A result is valid by recipe, parameters and data; the code that made it is named, and whether today's code repeats it is measured by `ctxnb verify`. A table of
 an older recipe may be shown as what it is: where the page says "recipe 1" in its text, that it was made with recipe 1 is information, not a complaint.
+So are the missing runs of a grid under way, where the page says that it shows "the runs so far".
 """
 
 import re
@@ -25,10 +26,10 @@ def provenance(table: Path, root: Path, page: str = "") -> tuple[str, list[str]]
         Sentences, and complaints: rows of an older recipe that the page does not state, or made from other data, and runs
         that the grid asks for and the table lacks. A table that is not of runs has neither.
     """
-    from ctxnb.batch.verify import verifications  # not at the top: a site without runs does not need the runner
-
     if not set(COLUMNS) <= set(pq.read_schema(table).names):
         return "", []
+    from ctxnb.batch.verify import verifications  # not at the top: a site without runs does not need the runner
+
     rows = pd.read_parquet(table)
     days = sorted({text[:10] for text in rows.started})
     made = f"{len(rows)} run{'s' * (len(rows) > 1)} of {days[0]}" + (f" to {days[-1]}" if len(days) > 1 else "")
@@ -39,8 +40,10 @@ def provenance(table: Path, root: Path, page: str = "") -> tuple[str, list[str]]
     )
     older, stated = _older_recipe(rows, root, page)
     again = verifications(table)
-    notes = [f"{made}: {named}", *stated, *([str(again[-1])] if again else [])]
-    return f"{'. '.join(notes)}.", older or ([] if stated else _against_grid(rows, table, root))
+    missing, changed = ("", []) if older or stated else _against_grid(rows, table, root)
+    under_way = "the runs so far" in page
+    notes = [f"{made}: {named}", *stated, *([missing] if missing and under_way else []), *([str(again[-1])] if again else [])]
+    return f"{'. '.join(notes)}.", older or [missing] * bool(missing and not under_way) + changed
 
 
 def _older_recipe(rows: pd.DataFrame, root: Path, page: str) -> tuple[list[str], list[str]]:
@@ -60,8 +63,8 @@ def _older_recipe(rows: pd.DataFrame, root: Path, page: str) -> tuple[list[str],
     return complaints, stated
 
 
-def _against_grid(rows: pd.DataFrame, table: Path, root: Path) -> list[str]:
-    """`<experiment>-<preset>.parquet` holds the runs of `data/grids/<preset>/<experiment>.toml`."""
+def _against_grid(rows: pd.DataFrame, table: Path, root: Path) -> tuple[str, list[str]]:
+    """What is missing of the runs of `data/grids/<preset>/<experiment>.toml`, which `<experiment>-<preset>.parquet` holds, and complaints."""
     from ctxnb.batch.grid import read_grid
     from ctxnb.batch.results import row_parameters
     from ctxnb.batch.runs import UNPREPARED, DataSource
@@ -70,17 +73,16 @@ def _against_grid(rows: pd.DataFrame, table: Path, root: Path) -> list[str]:
     experiment, _, preset = table.stem.rpartition("-")
     file = root / "data" / "grids" / preset / f"{experiment}.toml"
     if not file.is_file():
-        return []
+        return "", []
     try:
         grid = read_grid(file)
     except GridError as problem:
-        return [f"their grid cannot be read: {problem}"]
+        return "", [f"their grid cannot be read: {problem}"]
     made = {digest(row_parameters(row, grid.template)): row["data"] for row in rows.to_dict("records")}
     source, cells = DataSource(grid.data_source, grid.base), list(grid.cells())
     lacking = sum(digest(cell) not in made for cell in cells)
     # data that are not prepared on this machine cannot be compared
     pairs = [(made[key], source.digest(cell)) for cell in cells if (key := digest(cell)) in made]
     changed = sum(today not in ("", UNPREPARED) and today != then for then, today in pairs)
-    return [f"{lacking} of {len(cells)} runs of `{file.relative_to(root)}` are missing"] * bool(lacking) + [
-        f"{changed} of {len(rows)} runs were made from other data"
-    ] * bool(changed)
+    missing = f"{lacking} of {len(cells)} runs of `{file.relative_to(root)}` are missing" if lacking else ""
+    return missing, [f"{changed} of {len(rows)} runs were made from other data"] * bool(changed)

@@ -2,16 +2,18 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
 from browser import chromium
+from bs4 import BeautifulSoup
 from click.testing import CliRunner
 from playwright.sync_api import Page, expect
 
-from ctxnb.cli import advise
+from ctxnb.cli import advise, best
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "site"
@@ -30,6 +32,7 @@ LOOK = r"""async () => {
         && element.getBoundingClientRect().right <= window.innerWidth + 1 || boxed(element.parentElement));  // scrolls by itself
     const spills = element => right(element) > window.innerWidth + 1 && !boxed(element) && !element.closest('.bd-sidebar-secondary')
         && !getComputedStyle(element).display.startsWith('inline');
+    const scroller = element => element.closest('.pst-scrollable-table-container, div.cell_output');
     const figures = [...document.querySelectorAll('main img, main svg')].filter(shown);
     await Promise.all(figures.map(figure => figure.decode?.().catch(() => null)));
     const empty = figure => {
@@ -46,6 +49,12 @@ LOOK = r"""async () => {
             .map(element => `${element.tagName.toLowerCase()} "${element.textContent.trim().slice(0, 40)}"`),
         anchors: [...document.querySelectorAll('[id], a[name]')].map(element => element.id || element.name),
         links: [...document.querySelectorAll('a[href]')].map(link => link.href),
+        title: document.title,
+        cut: [...document.querySelectorAll('main div.highlight pre, main div.cell_output pre, main div.math, main div.math mjx-container, main table')]
+            .filter(element => shown(element.closest('div.math') || element)).map(element => element.tagName === 'TABLE' ? scroller(element) : element)
+            .filter(element => element && element.scrollWidth > element.clientWidth + 1)
+            .map(element => `${element.tagName} of ${element.scrollWidth} px in ${element.clientWidth}: ${element.textContent.trim().slice(0, 40)}`),
+        pictures: figures.filter(figure => figure.src).map(figure => [figure.src, figure.getBoundingClientRect().width / figure.naturalWidth]),
     };
 }"""
 
@@ -125,6 +134,68 @@ def test_figures_have_a_size_and_an_alternative_text(visits):
 def test_no_page_scrolls_sideways_on_a_phone(visits):
     none([f"{visit.page}: {visit.found['wide']} px too wide, because of {'; '.join(visit.found['widest'][:3])}"
           for visit in visits if visit.width == "phone" and visit.found["wide"] > 1])
+
+
+def test_nothing_is_cut_off(visits):
+    """Code, output and equations fit at both widths; tables at a desk, on a phone they scroll."""
+    none([f"{visit.page} ({visit.width}): {what}" for visit in visits for what in visit.found["cut"] if visit.width == "desk" or "TABLE" not in what and "DIV" not in what[:3]])
+
+
+def smallest_label(picture: Path) -> float:
+    """Size of the smallest text of one of matplotlib's SVG files, in its own pixels; glyphs are drawn at 100 units."""
+    sizes = [float(size) for size in re.findall(r'<g transform="translate\([^)]*\)[^"]*scale\((0\.\d+) -', picture.read_text(encoding="utf-8"))]
+    return min(sizes, default=1.0) * 100 * 96 / 72
+
+
+def test_labels_of_figures_can_be_read(visits):
+    pictures = [(visit, Path(unquote(urlsplit(source).path)), scale) for visit in visits for source, scale in visit.found["pictures"] if source.endswith(".svg")]
+    assert pictures
+    small = {(visit.page, visit.width, picture.name): size for visit, picture, scale in pictures if (size := scale * smallest_label(picture)) < 9}
+    none([f"{page} ({width}): a label of {size:.1f} px in {name}" for (page, width, name), size in small.items()])
+
+
+def test_pages_are_light(visits):
+    """A page with its figures: at most 1.5 MB, half of it words."""
+    for visit in visits:
+        files = {Path(unquote(urlsplit(source).path)) for source, _ in visit.found["pictures"] if source.startswith("file:")}
+        words = (SITE / visit.page).stat().st_size
+        if not visit.page.startswith(("genindex", "_modules")):
+            assert words < 750_000 and words + sum(file.stat().st_size for file in files) < 1_500_000, visit.page
+
+
+def test_titles_are_unique_and_found_first(visits, browser):
+    titles = {visit.page: visit.found["title"].removesuffix(" — ctxnb") for visit in visits if visit.width == "desk"}
+    twice = [title for title, number in Counter(titles.values()).items() if number > 1]
+    none(twice)
+    notebooks = {page: title for page, title in titles.items() if (ROOT / "nbs" / page).with_suffix(".ipynb").is_file() and page != "index.html"}
+    with browser.new_context(offline=True) as context:
+        tab = context.new_page()
+        tab.goto((SITE / "search.html").as_uri() + "?q=context")
+        tab.wait_for_function("Search.hasIndex()")
+        first = tab.evaluate("titles => titles.map(title => Search._performSearch(...Search._parseQuery(title)).at(-1)?.[0])", list(notebooks.values()))
+    none([f"{title!r} finds {found} first" for (page, title), found in zip(notebooks.items(), first) if f"{found}.html" != page])
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The cells of all rows of the tables of a page."""
+    soup = BeautifulSoup((SITE / page).read_text(encoding="utf-8"), "html.parser")
+    return [[cell.get_text(" ", strip=True) for cell in row.find_all("td")] for row in soup.select("main tr") if row.find("td")]
+
+
+def test_front_page_scorecard_planner_and_command_agree():
+    scorecard = rows_of("about/claims.html")
+    found = [row for row in rows_of("index.html") if len(row) == 5]
+    assert len(found) > 5
+    none([f"not on the scorecard: {row}" for row in found if row not in scorecard])
+    for start, claim in (("Text: GPTs", "More data, longer best context: text, books and plays"), ("Text: small", "More data, longer best context: text, speeches")):
+        (number,) = [row[2] for row in scorecard if row[0] == claim]
+        ends = re.findall(r"(\d+) \((\d+) to (\d+)\)", number)
+        table = ROOT / "data/results" / f"{next(name for title, name in PILOTS.items() if title.startswith(start))}.parquet"
+        said = re.findall(r"best l = (\d+) \((\d+) to (\d+)\)", CliRunner().invoke(best, [str(table)]).output)
+        assert [said[0], said[-1]] == ends, claim
+        (planner,) = [row[2] for row in rows_of("results/advice.html") if row[0].startswith(start) and len(row) == 3]
+        measured = re.findall(r": (\d+) \((\d+) to (\d+)\)", planner)
+        assert [measured[0], measured[-1]] == ends, claim
 
 
 def test_links_between_pages_lead_somewhere(visits):

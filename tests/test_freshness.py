@@ -93,6 +93,14 @@ def test_what_differs_is_said(fresh, tmp_path, change, lacking):
     assert any(line.startswith(said) for line in complaints(change(fresh), tmp_path))
 
 
+def test_a_grid_under_way_may_be_stated_by_the_page(fresh, tmp_path):
+    part = fresh.iloc[:-4]
+    said = f"4 of {len(fresh)} runs of `data/grids/quick/train.toml` are missing"
+    assert complaints(part, tmp_path, page="These are the runs of one week.") == [said]
+    assert complaints(part, tmp_path, page="This page shows the runs so far.") == []
+    assert said in provenance(tmp_path / "train-quick.parquet", ROOT, "the runs so far")[0]
+
+
 def test_other_data_are_said_where_they_can_be_compared(fresh, tmp_path):
     prepared = (fresh.data != UNPREPARED).all()
     wrong = complaints(fresh.assign(data="0" * 64), tmp_path)

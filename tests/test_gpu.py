@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from ctxnb.experiments.losses import next_token_losses
-from ctxnb.experiments.train import train
+from ctxnb.experiments.schema import TrainSettings
+from ctxnb.experiments.train import read_text, step_windows, train
+from ctxnb.text.packing import Stream
 from ctxnb.text.tokens import token_store
 
 pytestmark = pytest.mark.gpu
@@ -46,9 +48,10 @@ def store(text, tmp_path_factory):
         yield token_store(str(text), "bytes")
 
 
-def trained(store, folder, device: str, compile: bool = False, precision: str = "float32", **more) -> list[float]:
+def trained(store, folder, device: str, compile: bool = False, graph: bool = False, precision: str = "float32", **more) -> list[float]:
     """The losses of a run, see `losses`."""
-    return losses(asdict(train(folder=folder, store=store, compile=compile, **RUN | dict(device=device, precision=precision) | more)))
+    settings = RUN | dict(device=device, precision=precision) | more
+    return losses(asdict(train(folder=folder, store=store, compile=compile, graph=graph, **settings)))
 
 
 def losses(result: dict) -> list[float]:
@@ -73,6 +76,47 @@ def test_compiled_gives_the_losses_of_eager(store, tmp_path):
     assert compiled == pytest.approx(eager, abs=1e-3)
 
 
+@pytest.mark.skipif(REHEARSAL, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("windows", ["inside", "masked"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_graph_gives_the_losses_of_eager(store, tmp_path, windows, dropout):
+    """Also with dropout, whose masks are drawn anew in each replay, from the seed of the step."""
+    same = dict(windows=windows, candidates=[[dropout, 0.1, 0.002]])
+    graph, eager = (trained(store, tmp_path / str(way), DEVICE, graph=way, **same) for way in (True, False))
+    assert graph == pytest.approx(eager, abs=1e-3)
+
+
+@pytest.mark.skipif(REHEARSAL, reason="CUDA graphs need a GPU")
+def test_compiled_blocks_in_a_graph_give_the_losses_of_eager(store, tmp_path):
+    both, eager = (trained(store, tmp_path / str(way), DEVICE, compile=way, graph=way) for way in (True, False))
+    assert both == pytest.approx(eager, abs=1e-3)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(windows="packed"), dict(windows="masked"), dict(blocks="mixed")])
+def test_windows_gathered_on_the_device_are_those_of_the_store(store, settings):
+    s = TrainSettings(**RUN | settings)
+    text = read_text(s, store)
+    stream = Stream(text.data, store.eod, DEVICE)
+    for step in range(20):
+        assert torch.equal(step_windows(s, text, step, stream).cpu(), torch.from_numpy(step_windows(s, text, step)))
+
+
+def test_masked_training_never_takes_cudnn_attention(store, tmp_path, monkeypatch):
+    """Its gradients are NaN with a mask where the length is 64 modulo 128 (PyTorch 2.11 to 2.13)."""
+    allowed, plain = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noting(*arguments, **more):
+        if torch.is_grad_enabled() and more.get("attn_mask") is not None:
+            allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return plain(*arguments, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    usual = torch.backends.cuda.cudnn_sdp_enabled()
+    trained(store, tmp_path, DEVICE, windows="masked", context_length=64, max_context=64, tokens_per_step=512, epochs=[1.0])
+    assert allowed and not any(allowed)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == usual
+
+
 @pytest.mark.parametrize("windows", ["inside", "packed", "masked"])
 @pytest.mark.parametrize("length", [64, 128, 192, 256])
 def test_windows_of_every_kind_give_the_losses_of_the_cpu(store, tmp_path, windows, length):
@@ -91,7 +135,7 @@ from ctxnb.experiments.losses import next_token_losses
 from ctxnb.experiments.train import train
 from ctxnb.text.tokens import open_store
 store, folder, settings = sys.argv[1:]
-print(json.dumps(asdict(train(folder=Path(folder), store=open_store(store, "bytes"), compile=False, checkpoint_seconds=0.0, **json.loads(settings)))))
+print(json.dumps(asdict(train(folder=Path(folder), store=open_store(store, "bytes"), compile=False, graph=False, checkpoint_seconds=0.0, **json.loads(settings)))))
 """
 
 
@@ -119,6 +163,19 @@ def test_a_killed_run_resumes(store, tmp_path):
     killed.wait()
     resumed, whole = trained(store, tmp_path / "killed", DEVICE, **longer), trained(store, tmp_path / "whole", DEVICE, **longer)
     assert resumed == pytest.approx(whole, abs=1e-4)
+
+
+def test_a_checkpoint_of_another_device_begins_anew_with_a_note(store, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("ctxnb.experiments.loop.Checkpoint.remove", lambda self: None)
+    first = trained(store, tmp_path, DEVICE, checkpoint_seconds=0.0)
+    (file,) = tmp_path.glob("checkpoint*")
+    saved = torch.load(file, weights_only=True)
+    identity = json.loads(saved["identity"])
+    torch.save(saved | {"identity": json.dumps(identity | {"device": "cpu" if identity["device"] == "cuda" else "cuda"})}, file)
+    with caplog.at_level("WARNING", logger="ctxnb"):
+        again = trained(store, tmp_path, DEVICE)
+    assert again == pytest.approx(first, abs=1e-4)
+    assert "starting anew" in caplog.text and "device = " in caplog.text
 
 
 def test_two_runs_at_once_on_one_gpu(store, tmp_path):

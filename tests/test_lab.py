@@ -4,6 +4,7 @@ The notebooks are a copy, so that nothing is saved into the project, and their r
 """
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -46,7 +47,7 @@ class Lab:
     def open(self, browser, notebook: str) -> Page:
         """A tab that shows one notebook, with its kernel idle."""
         tab = browser.new_page(viewport={"width": 1400, "height": 1000})
-        tab.goto(f"{self.url}/lab/tree/{notebook}?token={TOKEN}&reset")
+        tab.goto(f"{self.url}/lab/tree/nbs/{notebook}?token={TOKEN}&reset")
         expect(tab.get_by_text("| Idle").first).to_be_visible(timeout=MINUTE)
         return tab
 
@@ -141,6 +142,9 @@ def test_opens_at_the_start_page(browser, lab):
     tab = browser.new_page()
     tab.goto(f"{lab.url}/?token={TOKEN}")
     expect(tab.get_by_role("heading", name="Start here")).to_be_visible(timeout=MINUTE)
+    tab.locator(".jp-BreadCrumbs-home").click()
+    expect(tab.locator(".jp-DirListing-itemText", has_text=re.compile("^data$"))).to_be_visible(timeout=MINUTE)  # the grids are within reach
+    assert tab.get_by_text("official Jupyter news").count() == 0
     tab.get_by_role("link", name="the optimal context").click()  # a link to a notebook opens it in JupyterLab
     expect(tab.get_by_role("tab", name="optimal_context.ipynb")).to_be_visible(timeout=MINUTE)
     tab.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,11 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ctxnb.batch.grid import read_grid
+from ctxnb.experiments.conventions import convention_losses
 from ctxnb.experiments.losses import evaluate
 from ctxnb.experiments.measure import measure, measured_text
 from ctxnb.experiments.measure_pass import measure_windows
 from ctxnb.experiments.measure_targets import draw_target_table, read_target_table, target_windows
-from ctxnb.experiments.needle import ask
 from ctxnb.experiments.train import train
 from ctxnb.models import pretrained
 from ctxnb.models import source as models
@@ -156,6 +157,25 @@ def test_the_packaged_model(tmp_path):
         pretrained.check_context(wrong, 8193)
 
 
+@pytest.mark.slow
+def test_conventions_of_the_packaged_model():
+    """The first twenty targets of the committed table: each loss is the model's own, and a mask gives what a cut gives."""
+    text = measured_text("smollm2", "sotu")
+    model = load_model(text.source, device="cpu")
+    run = pd.read_parquet(ROOT / "data" / "results" / "conventions-standard.parquet").iloc[0]
+    targets = pd.DataFrame({"document": run.document[:20], "position": run.position[:20]})
+    pd.testing.assert_frame_equal(targets, draw_target_table(text.store, int(run.max_context), 1, int(run.documents), "all").head(20))
+    texts = [np.asarray(text.store.document(d)[: p + 1]).astype(np.int64) for d, p in targets.itertuples(index=False)]
+    bos, l = bos_of(model.config, text.tokenizer), int(run.context_length)
+    losses = {name: convention_losses(model, text.store, targets, l, name, int(run.max_context), l, bos) for name in ("truncate", "bos", "strided", "mask")}
+    own = {"truncate": [own_losses(model, ids[None, -l - 1 :])[0] for ids in texts],
+           "bos": [own_losses(model, np.append(bos, ids[-l - 1 :])[None])[0] for ids in texts],
+           "strided": [own_losses(model, ids[None, -v - 1 :])[0] for ids, v in zip(texts, losses["strided"][1])]}
+    own["mask"] = own["truncate"]
+    for name, expected in own.items():
+        assert np.abs(losses[name][0] - expected).max() < 1e-3, name
+
+
 def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained, "cached_commit", lambda *_: "")
 
@@ -203,8 +223,6 @@ def test_models_that_are_no_causal_ones_are_refused_when_planned(family, store, 
 
 
 def test_weights_that_do_not_fit_are_refused_when_planned(toy, store, tmp_path):
-    import shutil
-
     shutil.copytree(toy, tmp_path / "deeper")
     file = tmp_path / "deeper" / "config.json"
     config = json.loads(file.read_text())
@@ -216,8 +234,6 @@ def test_weights_that_do_not_fit_are_refused_when_planned(toy, store, tmp_path):
 
 
 def test_an_edit_of_one_matrix_is_another_model(toy, store, tmp_path):
-    import shutil
-
     shutil.copytree(toy, tmp_path / "edited")
     before = measured_text(str(tmp_path / "edited"), tokenizer="bytes").digest
     assert before == measured_text(str(toy), tokenizer="bytes").digest  # a copy is the same model
@@ -327,30 +343,60 @@ def test_finished_lengths_survive_a_kill(toy, tmp_path):
         assert {k: v for k, v in result.items() if k not in clock} == {k: v for k, v in results[1][name].items() if k not in clock}
 
 
-@pytest.mark.parametrize("preset, name", [("quick", "measure"), ("standard", "measure"), ("paper", "measure"), ("standard", "measure_own"), ("standard", "needle")])
+@pytest.mark.parametrize("preset, name", [("quick", "measure"), ("standard", "measure"), ("paper", "measure"), ("standard", "measure_own"), ("standard", "conventions")])
 def test_grids_are_sound(preset, name):
     """No length exceeds the tokens that a target has before it, and more than one length is measured."""
     grid = read_grid(ROOT / "data" / "grids" / preset / f"{name}.toml")
     of_all = grid.template.defaults | grid.parameters
-    if name == "needle":
-        assert max(of_all["visible"]) <= of_all["context"] and max(of_all["distances"]) <= of_all["context"]
-        assert len(set(of_all["visible"])) > 1
-    else:
-        assert len(set(grid.axes["context_length"])) > 1
-        assert max(grid.axes["context_length"]) <= of_all["max_context"]
+    assert len(set(grid.axes["context_length"])) > 1
+    assert max(grid.axes["context_length"]) <= of_all["max_context"]
 
 
-# --- questions ----------------------------------------------------------------------------------------------
+# --- any model on any text ----------------------------------------------------------------------------------
 
 
-def test_questions_are_shared_by_all_views(toy):
-    result = ask(model=str(toy), tokenizer="bytes", context=200, visible=[50, 200], distances=[40, 150], questions=3, others=1, device="cpu")
-    table = pd.DataFrame({name: result[name] for name in ("question", "distance", "shown", "right", "loss")})
-    assert len(table) == 12 and set(table.groupby("question").size()) == {2}
-    assert result["answer_tokens"] == 4  # a space and three digits, in bytes
-    again = ask(model=str(toy), tokenizer="bytes", context=200, visible=[50, 200], distances=[40, 150], questions=3, others=1, device="cpu", batch_tokens=1)
-    assert np.allclose(result["loss"], again["loss"], atol=1e-4)
-    with pytest.raises(ValueError, match="expected rising numbers"):
-        ask(model=str(toy), tokenizer="bytes", context=200, visible=[500], device="cpu")
-    with pytest.raises(ValueError, match="exceeds the 256 positions"):
-        ask(model=str(toy), tokenizer="bytes", context=250, visible=[50], distances=[40], device="cpu")
+def own_text(file: Path) -> pd.DataFrame:
+    """Thirteen short documents: too few for three splits, enough to be measured."""
+    words = "a small river runs past the old mill and the road to town größer".split()
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"body": [" ".join(rng.choice(words, size)) for size in rng.integers(12, 60, 13)]})
+    table.to_parquet(file) if file.suffix == ".parquet" else table.to_json(file, orient="records", lines=True)
+    return table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_losses_of_ones_own_text(ending, toy, tmp_path):
+    """A table, a figure and the documents' losses, each equal to a computation of its own; called again, it only does what is missing."""
+    body = own_text(tmp_path / f"mine{ending}").body
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CTXNB_DATA": str(tmp_path / "data")}
+    command = [sys.executable, "-c", "from ctxnb.cli import main; main()", "losses", str(toy), f"mine{ending}", "--context", "1,8", "--tokenizer", "bytes",
+               "--targets", "30", "--text-column", "body"]
+
+    def call() -> subprocess.CompletedProcess:
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+    first = call()
+    assert first.returncode == 0, first.stderr
+    assert "to do: 2 of 2 lengths" in first.stderr and "a second: about" in first.stderr
+    output = tmp_path / "losses-mine"
+    documents = pd.read_parquet(output / "documents.parquet") if ending == ".parquet" else pd.read_json(output / "documents.jsonl", lines=True)
+    table = pd.read_csv(output / "losses.csv")
+    assert table.context_length.tolist() == [1, 8] and (output / "losses.png").stat().st_size > 5000
+    runs = {file.parent.name: file for file in (tmp_path / "data" / "runs").glob("measure-*/result.json")}
+    assert len(runs) == 2 and documents.bytes.tolist() == [len(text.encode()) for text in body]
+    model = load_model(find_model(toy), device="cpu")
+    targets = pd.read_parquet(next(iter(runs.values())).with_name("targets.parquet"))
+    for l in (1, 8):
+        windows = np.stack([np.frombuffer(body[d].encode(), np.uint8)[p - l : p + 1].astype(np.int64) for d, p in targets.itertuples(index=False)])
+        expected = pd.Series(own_losses(model, windows)).groupby(targets.document).mean()
+        assert np.abs(documents[f"loss_{l}"] - expected.to_numpy()).max() < 1e-4
+        assert np.abs(documents[f"bits_per_byte_{l}"] - expected.to_numpy() / np.log(2)).max() < 2e-4  # a byte is a token
+        assert table.loss[table.context_length == l].item() == pytest.approx(expected.mean(), abs=1e-4)
+    gone = next(file for file in runs.values())
+    shutil.rmtree(gone.parent)
+    before = {name: file.stat().st_mtime_ns for name, file in runs.items() if file != gone}
+    again = call()
+    assert again.returncode == 0 and "to do: 1 of 2 lengths" in again.stderr
+    assert {name: file.stat().st_mtime_ns for name, file in runs.items() if file != gone} == before
+    assert again.stdout == first.stdout

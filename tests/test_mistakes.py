@@ -4,6 +4,8 @@ Every case calls the command in this process, on a grid of a template that only 
 real runs is in test_batch.py and test_faults.py.
 """
 
+import csv
+import gzip
 import hashlib
 import json
 import os
@@ -22,10 +24,15 @@ from hypothesis import strategies as st
 from ctxnb.batch.grid import read_grid
 from ctxnb.batch.runs import runs_of
 from ctxnb.cli import main
+from ctxnb.text.tokens import token_store
 
 WORDS = """
 import hashlib, pathlib
 class Data: pass
+def other(corpus, build=False):
+    data = Data()
+    data.digest, data.prepared = "0" * 64, False
+    return data
 def words(corpus, build=False):
     file, data = pathlib.Path(corpus), Data()
     if not file.exists(): raise FileNotFoundError(f"corpus {corpus} does not exist")
@@ -41,7 +48,7 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path, self.grid, self.runs = path, path / "g.toml", path / "runs"
-        cells = [nbformat.v4.new_code_cell("corpus = 'text.txt'\nl = 8\nsizes = [1]", metadata={"tags": ["parameters"]}),
+        cells = [nbformat.v4.new_code_cell("corpus = 'text.txt'\nl = 8\nsizes = [1]\nskip_bad = 0.0", metadata={"tags": ["parameters"]}),
                  nbformat.v4.new_code_cell("from ctxnb.batch.record import record\nrecord({'loss': 1 / l})")]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), path / "w.ipynb")
         (path / "ctxnb_words.py").write_text(WORDS)
@@ -58,6 +65,11 @@ class Folder:
 
     def on_grid(self, command: str, *more) -> Result:
         return self(command, self.grid, "--runs-dir", self.runs, *more)
+
+    def launched(self) -> subprocess.CompletedProcess:
+        """`ctxnb run` as a process of its own: a fork server keeps the environment of the first test that started one."""
+        command = [sys.executable, "-m", "ctxnb", "run", self.grid, "--runs-dir", self.runs]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(self.path)})
 
     def finish(self) -> None:
         """Both runs, as the runner leaves them."""
@@ -124,6 +136,34 @@ def test_the_working_folder_plays_no_part(finished, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     shown = finished.on_grid("plan").output
     assert "2 done" in shown and f"relative paths start at {finished.path}" in shown
+
+
+def test_a_run_refuses_other_data_than_planned(folder):
+    (folder.path / "texts").mkdir()
+    for number in range(40):
+        (folder.path / "texts" / f"{number}.txt").write_text(f"document {number} " * 40)
+    fixed = 'corpus = "texts"\ntrain_tokens = 500\nmax_context = 16\ncontext_lengths = [1, 2]\ntest_targets = 4'
+    folder.grid.write_text(f'notebook = "nbs/runs/counts.ipynb"\ndata = "ctxnb_words:other"\n[parameters]\n{fixed}')
+    shown = folder.launched()
+    assert shown.returncode == 1 and "1 interrupted" in shown.stdout, shown.stderr
+    digest = token_store(folder.path / "texts", build=False).digest
+    assert f"opened data {digest[:12]}, planned were {'0' * 12}" in shown.stderr, shown.stderr
+
+
+def test_plan_and_row_say_what_was_skipped_and_what_overlaps(folder):
+    texts = [f"document {number} " * 20 + "the same words at the end of all " * 5 for number in range(60)] + [""]
+    (folder.path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    fixed = 'corpus = "texts.jsonl"\nskip_bad = 0.05\ntrain_tokens = 500\nmax_context = 16\ncontext_lengths = [1, 2]\ntest_targets = 4'
+    folder.grid.write_text(f'notebook = "nbs/runs/counts.ipynb"\ndata = "ctxnb.text.tokens:token_store"\n[parameters]\n{fixed}')
+    store = token_store(folder.path / "texts.jsonl", skip_bad=0.05)
+    assert store.overlap > 0
+    assert (shown := folder.launched()).returncode == 0, shown.stderr
+    folder.on_grid("results", "-o", folder.path / "t.csv")
+    row = pd.read_csv(folder.path / "t.csv").iloc[0]
+    assert (row.skipped_documents, row.test_overlap, row.data_digest) == (1, store.overlap, store.digest)
+    shutil.rmtree(folder.runs)
+    shown = folder.on_grid("plan").output
+    assert "1 bad documents skipped" in shown and "50-token passages occur in the training split" in shown, shown
 
 
 # --- nothing is destroyed --------------------------------------------------------------------------------
@@ -231,7 +271,7 @@ def test_a_join_says_what_it_found(finished):
 
 
 def test_run_ends_with_its_documented_codes(finished):
-    assert finished.on_grid("run").exit_code == 0
+    assert finished.launched().returncode == 0
     first = sorted(finished.runs.iterdir())[0]
     shutil.rmtree(first)
     first.with_name(f"{first.name}.partial").touch()
@@ -282,6 +322,54 @@ def test_any_status_and_result_are_looked_at(tmp_path_factory, status, result, p
         shown = folder.on_grid(command) if command != "logs" else folder("logs", run.id, "--runs-dir", folder.runs)
         assert shown.exit_code in (0, 1, 2, 3), shown.output
     shutil.rmtree(folder.runs)
+
+
+LINES = st.lists(st.one_of(st.binary(max_size=30), st.text(max_size=20).map(str.encode), st.text(max_size=20).map(lambda text: json.dumps({"text": text}).encode()),
+                           VALUES.map(lambda value: json.dumps({"text": value}).encode())), max_size=6)
+
+
+@settings(max_examples=325, **FUZZ)
+@given(lines=LINES, ending=st.sampled_from([".txt", ".jsonl", ".TXT", ".jsonl.gz", ".txt.zst", ".parquet", ".csv"]), folder_of=st.booleans(),
+       packed=st.booleans(), skip_bad=st.sampled_from([0.0, 0.5]))
+def test_any_corpus_is_read_or_refused(tmp_path_factory, lines, ending, folder_of, packed, skip_bad):
+    """`script` prepares the data and starts nothing."""
+    folder = fuzzed(tmp_path_factory)
+    shutil.rmtree(place := folder.path / "corpus", ignore_errors=True)
+    place.mkdir()
+    content = b"\n".join(lines)
+    (place / f"a{ending}").write_bytes(gzip.compress(content) if packed and ending.endswith(".gz") else content)
+    for number in range(20 if folder_of else 0):
+        (place / f"{number}.txt").write_text(f"document {number}")
+    corpus = f"corpus{'' if folder_of else f'/a{ending}'}"
+    folder.write(f'data = "ctxnb.text.tokens:token_store"\n[parameters]\ncorpus = "{corpus}"\nskip_bad = {skip_bad}\n[axes]\nl = [4, 8]')
+    shown = folder.on_grid("script")
+    assert shown.exit_code in (0, 2), shown.output
+    shutil.rmtree(folder.path / "data", ignore_errors=True)
+
+
+CELLS = st.one_of(st.integers(-2, 2**40), st.floats(), st.text(max_size=4), st.sampled_from(["", "4", "8", "16000", "0.5", "nan"]))
+WHOLE = ["context_length", "train_tokens", "seed", "loss", "l", "run", "document_loss"]
+HEADER = st.one_of(st.just(WHOLE), st.just(WHOLE[:5]), st.lists(st.sampled_from(WHOLE), max_size=7))
+
+
+@settings(max_examples=325, **FUZZ)
+@given(content=st.one_of(st.binary(max_size=40), st.tuples(HEADER, st.lists(st.lists(CELLS, min_size=5, max_size=7), max_size=4))), command=st.booleans())
+def test_any_table_is_read_or_refused(tmp_path_factory, content, command):
+    folder = fuzzed(tmp_path_factory)
+    file = folder.path / "t.csv"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        with file.open("w", newline="", encoding="utf-8", errors="replace") as out:
+            csv.writer(out).writerows([content[0], *content[1]])
+    if command:
+        shown = folder("best", file)
+    else:
+        folder.write("[axes]\nl = [4, 8]")
+        if not any(folder.runs.glob("w-*/status.json")):
+            folder.finish()
+        shown = folder.on_grid("results", "--join", file, "--on", "l")
+    assert shown.exit_code in (0, 2, 3), shown.output
 
 
 _FUZZED: list[Folder] = []

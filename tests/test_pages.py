@@ -7,7 +7,7 @@ from nbclient import NotebookClient
 
 NBS = Path(__file__).parents[1] / "nbs"
 pytestmark = pytest.mark.slow  # each page runs top to bottom
-PAGES = [*sorted((NBS / "results").glob("*.ipynb")), NBS / "about/claims.ipynb", NBS / "about/cite.ipynb"]
+PAGES = [*sorted((NBS / "results").glob("*.ipynb")), *(NBS / f"{name}.ipynb" for name in ("about/claims", "about/cite", "about/command", "index"))]
 
 
 def said(notebook) -> list[str]:

@@ -28,6 +28,7 @@ THEORY = [
     ),
     new_code_cell("#| default_exp theory.law"),
     new_code_cell("#| hide\nhidden_name = 1"),
+    new_code_cell("set_up = 1"),
     new_code_cell(
         '#| export\nclass LawResult:\n    """A fitted law.\n\n    Args:\n        offset: C0, nats.\n    """\n'
         "\n"
@@ -137,6 +138,7 @@ def test_pages_of_results_and_runs(project):
     run = (project / f"site/runs/{RUN}.html").read_text()
     assert "2.25" in run and "(50 values)" in run and "tokens in data/tokens" in run
     assert "a progress bar" not in run
+    assert f"Run {RUN}" in run and 'href="../results/quick.html"' in run  # a way back
     assert not (project / f"site/runs/{GONE}.html").exists()
     assert RUN not in (project / "site/index.html").read_text()  # not in the sidebar
 
@@ -149,6 +151,9 @@ def test_notebook_pages_are_for_readers(project):
     assert 'href="../api/ctxnb.theory.law.html#ctxnb.theory.law.total_law_loss"' in page
     assert re.search(r'href="#equation-eq-law">\s*Eq. 1', page) and 'href="#fig-law"' in page
     assert 'alt="A falling line."' in page
+    assert "nbs/theory/law.ipynb" in page and re.search(r'href="\.\./_downloads/[^"]+/law\.ipynb"', page)
+    block = page.index('<details class="api admonition')  # a chapter's functions come last, folded
+    assert page.index("<figure") < block < page.index('class="sig-name descname"') and "set_up" not in page
     api = (project / "site/api/ctxnb.theory.law.html").read_text()
     assert 'id="ctxnb.theory.law.LawResult"' in api and "One law, one figure." in api
 

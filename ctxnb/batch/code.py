@@ -95,12 +95,14 @@ def git_commit(
         folder: a folder.
 
     Returns:
-        12 hexadecimal digits, perhaps with `+dirty`; `unknown` outside a git checkout or without git.
+        12 hexadecimal digits, perhaps with `+dirty`; `unknown` where git tracks no file of the folder, or without git.
     """
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True).stdout
 
     try:
+        if not git("ls-files").strip():  # nobody's: a package that was installed below somebody's checkout
+            return "unknown"
         dirty = git("status", "--porcelain", "--untracked-files=no").strip()
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):

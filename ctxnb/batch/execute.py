@@ -34,6 +34,7 @@ from .states import (NOTEBOOK, PARAMETERS, STATUS, end_process, lock_file, lock_
                                 states_of, write_status)
 from .template import GridError, read_template
 from ..paths import project_root, write_atomic
+from ..text.identity import PLANNED, DataChanged
 
 # %% ../../nbs/batch/execute.ipynb #00a39b76
 class RunFailed(Exception):
@@ -52,7 +53,7 @@ def _is_interruption(error: Exception) -> bool:
     kernel_died = type(error).__name__ == "DeadKernelError" or (type(error) is RuntimeError and text.startswith("RuntimeError: Kernel "))
     stopped = re.search(r"KeyboardInterrupt|SignalException|\bgot signal: (2|15)\b|\bSIG(INT|TERM)\b", text)  # torch's launcher of process groups
     disk = getattr(error, "errno", None) in full or any(f"[Errno {number}]" in text for number in full)
-    return isinstance(error, RunInterrupted) or disk or kernel_died or bool(stopped)
+    return isinstance(error, RunInterrupted) or text.startswith(f"{DataChanged.__name__}: ") or disk or kernel_died or bool(stopped)
 
 
 def _in_words(error: Exception) -> str:
@@ -156,10 +157,12 @@ def _begin(run: Run, code: str, engine: str, folder: Path, hardware: str) -> Non
 def _check_unchanged(run: Run) -> None:
     """The key was computed when the grid was launched; what it names may have changed since."""
     now = read_template(run.template.path)
-    if (now.recipe, now.defaults) != (run.template.recipe, run.template.defaults):
+    before = {name: now.defaults.get(name) for name in run.template.defaults}  # a parameter that came with a default changes nothing
+    if (now.recipe, before) != (run.template.recipe, run.template.defaults):
         raise RunInterrupted(f"{run.template.name} got another recipe or other defaults after the launch: launch the grid again")
-    if DataSource(run.data_source, run.base).digest(run.parameters) != run.data:
-        raise RunInterrupted("the data changed after the launch: launch the grid again")
+    opened = DataSource(run.data_source, run.base).digest(run.parameters)
+    if opened != run.data:
+        raise RunInterrupted(f"the data changed after the launch, from {run.data[:12]} to {opened[:12]}: launch the grid again")
 
 # %% ../../nbs/batch/execute.ipynb #442e2c52
 def _papermill(run: Run, engine: str, folder: Path) -> None:
@@ -168,7 +171,7 @@ def _papermill(run: Run, engine: str, folder: Path) -> None:
 
     import ctxnb.batch.engine  # registers the engine `shell`
 
-    os.environ |= {RUN_VARIABLE: str(folder), "TQDM_DISABLE": "1"}
+    os.environ |= {RUN_VARIABLE: str(folder), PLANNED: run.data, "TQDM_DISABLE": "1"}
     papermill.execute_notebook(
         _verbatim(run.template.path), _verbatim(folder / NOTEBOOK), run.parameters, engine_name="shell" if engine == "shell" else None,
         kernel_name="python3", language="python", progress_bar=False, cwd=str(run.base),

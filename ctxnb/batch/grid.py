@@ -17,7 +17,7 @@ from typing import Any
 from .privacy import secret_in
 from .resources import Resources, leaves, read_resources, read_toml, typed
 from .template import GridError, Template, load, read_template, unknown
-from ..paths import project_root
+from ..paths import project_root, shipped
 
 # %% ../../nbs/batch/grid.ipynb #26cf4bb9
 LARGEST = 100_000  # runs in a grid
@@ -114,7 +114,8 @@ def _template_of(content: dict[str, Any], path: Path) -> Template:
     if not isinstance(name, str) or not name:
         raise GridError(f"{path}: expected notebook = \"path/to/template.ipynb\"")
     beside = path.resolve().parent / name
-    return read_template(beside if beside.is_file() else project_root(path) / name)
+    places = [beside, project_root(path) / name, shipped(name)]
+    return read_template(next((place for place in places if place.is_file()), places[1]))
 
 # %% ../../nbs/batch/grid.ipynb #66642770
 def _change(content: dict[str, Any], name: str, text: str, template: Template, path: Path) -> None:

@@ -162,9 +162,9 @@ def read_resources(
     if resources.runs_per_gpu > 1 and resources.gpus != 1:  # only now: each may come from another file
         raise GridError(f"{both}: runs_per_gpu = {resources.runs_per_gpu} and gpus = {resources.gpus}: expected gpus = 1 where runs share a GPU")
     limit = 60 * math.ceil(60 * resources.hours)  # Slurm counts in minutes
-    if resources.warn_seconds >= limit:
-        raise GridError(f"{both}: warn_seconds = {resources.warn_seconds}: expected less than the time limit of {limit} s (hours = {resources.hours:g}), or "
-                        "every job is told to stop as soon as it starts")
+    if 2 * resources.warn_seconds >= limit:
+        raise GridError(f"{both}: warn_seconds = {resources.warn_seconds}: expected less than half of the time limit of {limit} s (hours = {resources.hours:g}), or "
+                        f"jobs are told to stop soon after they start; hours = {(100 * (2 * resources.warn_seconds // 60) // 60 + 1) / 100:g} would do")
     return resources
 
 

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from .measure import measured_text
+from .measure import ModelSettings
 from .measure_pass import measure_windows
 from .measure_targets import draw_target_table, target_windows
-from ..models.pretrained import bos_of, check_context, check_device, load_model, read_config
-from ..text.store import ALL, TokenStore
+from .schema import setting
+from ..models.pretrained import bos_of, check_context
+from ..text.store import TokenStore
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ctxnb")
 
 # %% auto #0
-__all__ = ['log', 'CONVENTIONS', 'strided_visible', 'band_mask', 'convention_losses', 'run_conventions']
+__all__ = ['log', 'CONVENTIONS', 'strided_visible', 'band_mask', 'convention_losses', 'ConventionSettings', 'run_conventions']
 
 # %% ../../nbs/experiments/conventions.ipynb #b8a8b3a1
 CONVENTIONS = ("truncate", "bos", "mask", "sliding", "strided")
@@ -137,46 +138,36 @@ def _mask_of(model: PreTrainedModel, convention: str, context_length: int, max_c
     return (torch.arange(max_context) >= max_context - context_length).long()
 
 # %% ../../nbs/experiments/conventions.ipynb #192ff99e
-def run_conventions(
-    *,
-    model: str = "smollm2",
-    corpus: str = "sotu",
-    context_length: int = 64,
-    max_context: int = 256,
-    conventions: Sequence[str] = CONVENTIONS,
-    strides: Sequence[int] = (0,),
-    documents: int = 24,
-    targets_per_document: int = 1,
-    targets_seed: int = 0,
-    split: str = ALL,
-    revision: str = "main",
-    trust_remote_code: bool = False,
-    tokenizer: str = "",
-    dtype: str = "float32",
-    device: str = "auto",
-    attention: str = "",
-    batch_tokens: int = 2048,
-) -> dict:
+@dataclass(frozen=True, kw_only=True)
+class ConventionSettings(ModelSettings):
+    """What defines a comparison of conventions, beside model and text; each field carries its range and one line of text (`about`)."""
+
+    context_length: int = setting(16, "tokens l that each convention gives", 1)
+    max_context: int = setting(64, "tokens that every target has before it; mask and sliding read all of them", 1)
+    conventions: list[str] = setting(list(CONVENTIONS), "some of the five", choices=CONVENTIONS)
+    strides: list[int] = setting([0], "of strided, in tokens, each a convention of its own; 0 for half a window", 0)
+    documents: int = setting(4, "documents to take targets from; 0 for all that are long enough", 0)
+    targets_per_document: int = setting(1, "targets in each", 1)
+    targets_seed: int = setting(0, "of the targets; the same for all runs to be compared", 0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.context_length > self.max_context:
+            raise ValueError(f"context_length = {self.context_length}: expected 1 to max_context = {self.max_context}")
+
+    @property
+    def named(self) -> list[tuple[str, str, int]]:
+        """(name in the result, convention, stride) of each loss to compute; `strided` names its stride."""
+        half = (self.context_length + 1) // 2
+        strided = [(f"strided:{stride or half}", "strided", stride or half) for stride in self.strides]
+        return [row for name in self.conventions for row in (strided if name == "strided" else [(name, name, half)])]
+
+# %% ../../nbs/experiments/conventions.ipynb #aa426f69
+def run_conventions(**settings: Any) -> dict:
     """Loss of one set of targets under several conventions.
 
     Args:
-        model: see `find_model`.
-        corpus: name or path of the text.
-        context_length: l.
-        max_context: tokens that every target has before it in its trimmed document.
-        conventions: some of `CONVENTIONS`.
-        strides: for `strided`, each a convention of its own; 0 for half a window.
-        documents: documents to take targets from; 0 for all that are long enough.
-        targets_per_document: targets in each.
-        targets_seed: seed of the targets.
-        split: `train`, `dev`, `test` or `all`.
-        revision: branch, tag or commit of a model on the hub.
-        trust_remote_code: allow code that comes with the model to run.
-        tokenizer: name or folder of a tokenizer instead of the model's own.
-        dtype: `float32` or `bfloat16`.
-        device: see `check_device`.
-        attention: attention implementation of transformers; empty for its choice.
-        batch_tokens: tokens that go through the model at once.
+        settings: fields of `ConventionSettings`.
 
     Returns:
         Flat dictionary: lists over convention x target `convention` (`strided:S` with its stride), `document`, `position`, `visible`, `target_loss` (nats);
@@ -185,24 +176,19 @@ def run_conventions(
     Raises:
         ValueError: a number out of range, an unknown convention, too few documents, a context that the model has no positions for.
     """
-    if not 1 <= context_length <= max_context:
-        raise ValueError(f"context_length = {context_length}: expected 1 to max_context = {max_context}")
-    check_device(dtype, device)
-    text = measured_text(model, corpus, tokenizer, revision, trust_remote_code)
-    config = read_config(text.source, trust_remote_code)
-    check_context(config, max_context + 1, text.source.name)
-    bos = bos_of(config, text.tokenizer, text.source.name) if "bos" in conventions else None
-    targets = draw_target_table(text.store, max_context, targets_per_document, documents, split, targets_seed)
-    loaded = load_model(text.source, dtype, device, attention, trust_remote_code)
+    s = ConventionSettings(**settings)
+    text = s.read()
+    check_context(text.config, s.max_context + 1, text.source.name)
+    bos = bos_of(text.config, text.tokenizer, text.source.name) if "bos" in s.conventions else None
+    targets = draw_target_table(text.store, s.max_context, s.targets_per_document, s.documents, s.split, s.targets_seed)
+    loaded = s.load(text)
     started, parts = time.perf_counter(), []
-    for convention, stride in [(c, s) for c in conventions for s in (strides if c == "strided" else (0,))]:
-        stride = stride or (context_length + 1) // 2
-        loss, visible = convention_losses(loaded, text.store, targets, context_length, convention, max_context, stride, bos, batch_tokens)
-        name = f"strided:{stride}" if convention == "strided" else convention
+    for name, convention, stride in s.named:
+        loss, visible = convention_losses(loaded, text.store, targets, s.context_length, convention, s.max_context, stride, bos, s.batch_tokens)
         parts.append(targets.assign(convention=name, visible=visible, target_loss=loss))
-        log.info("%s l=%d %s: %.4f nats", text.source.name, context_length, name, loss.mean())
+        log.info("%s l=%d %s: %.4f nats", text.source.name, s.context_length, name, loss.mean())
     table = pd.concat(parts)
-    headline = "truncate" if "truncate" in conventions else table.convention.iloc[0]
+    headline = "truncate" if "truncate" in s.conventions else table.convention.iloc[0]
     return {name: table[name].tolist() for name in ("convention", "document", "position", "visible", "target_loss")} | {
         "loss": float(table.target_loss[table.convention == headline].mean()),
         "model_name": text.source.name,

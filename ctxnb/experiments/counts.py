@@ -13,6 +13,7 @@ import pandas as pd
 
 from .schema import CountSettings
 from ..stats.bootstrap import cluster_error
+from ..text.identity import check_planned
 from ..text.tokens import TokenStore, token_store
 from ..text.windows import Subset, draw_targets, subset
 
@@ -81,7 +82,7 @@ def _one_longer(shorter: _Grams, length: int, tokens: np.ndarray, depth: np.ndar
     # the context of an n-gram ends one token earlier; before the first token of all stands the empty context, 0
     return _Grams(key[first], np.diff(first, append=len(key)), shorter.ending_at[end[first] - 1], ending_at)
 
-
+# %% ../../nbs/experiments/counts.ipynb #97f53s1
 def _shares(
     count: np.ndarray, prefix: np.ndarray, contexts: int, gram: np.ndarray, context: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +111,7 @@ def _at(values: np.ndarray, number: np.ndarray) -> np.ndarray:
     """Values by number, 0 where the number is -1."""
     return np.append(values, 0)[number]  # -1 is the last
 
-
+# %% ../../nbs/experiments/counts.ipynb #97f53s2
 MODELS = ("kneser_ney", "absolute", "additive")
 
 
@@ -133,6 +134,15 @@ class Predictions:
     discount: np.ndarray
 
 
+def _check(tokens: np.ndarray, lengths: np.ndarray, windows: np.ndarray, vocab_size: int) -> None:
+    """Refuse pieces that are not those of the tokens, and ids out of range."""
+    if len(tokens) < 1 or lengths.min() < 1 or lengths.sum() != len(tokens):
+        raise ValueError(f"pieces of {lengths.sum():,} tokens in all for {len(tokens):,} tokens: expected as many, and no empty piece")
+    for name, ids in (("tokens", tokens), ("windows", windows)):
+        if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+            raise ValueError(f"{name} hold ids from {ids.min()} to {ids.max()}: expected 0 to {vocab_size - 1}")
+
+# %% ../../nbs/experiments/counts.ipynb #36ac5d85
 def predict(tokens: np.ndarray, lengths: np.ndarray, windows: np.ndarray, vocab_size: int) -> Predictions:
     """Probabilities of targets by count models of every context length 0, ..., L, in one pass.
 
@@ -178,15 +188,6 @@ def predict(tokens: np.ndarray, lengths: np.ndarray, windows: np.ndarray, vocab_
             context = longer.find(context, windows[:, L - 1 - l], vocab_size)
     return Predictions(*(np.stack(column) for column in zip(*rows)))
 
-
-def _check(tokens: np.ndarray, lengths: np.ndarray, windows: np.ndarray, vocab_size: int) -> None:
-    """Refuse pieces that are not those of the tokens, and ids out of range."""
-    if len(tokens) < 1 or lengths.min() < 1 or lengths.sum() != len(tokens):
-        raise ValueError(f"pieces of {lengths.sum():,} tokens in all for {len(tokens):,} tokens: expected as many, and no empty piece")
-    for name, ids in (("tokens", tokens), ("windows", windows)):
-        if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
-            raise ValueError(f"{name} hold ids from {ids.min()} to {ids.max()}: expected 0 to {vocab_size - 1}")
-
 # %% ../../nbs/experiments/counts.ipynb #77be7722
 def measure_counts(*, store: TokenStore | None = None, **settings) -> dict:
     """Losses of count models at many context lengths, made from the subset that a trained model of that D and seed learns from.
@@ -199,8 +200,8 @@ def measure_counts(*, store: TokenStore | None = None, **settings) -> dict:
         Flat dictionary. Losses in nats per token: `loss` and `loss_se` (Kneser-Ney at the longest l); lists over `lengths`:
         `kneser_ney_loss`, `absolute_loss`, `additive_loss`, `seen` (share of targets whose context occurs in the training text), `discount_1`,
         `discount_2`, `discount_3`; lists over test documents: `document`, `document_targets`; lists over lengths and,
-        within a length, documents: `kneser_ney_document_loss`, `absolute_document_loss`, `additive_document_loss`. `count_seconds` and
-        `tokens_per_s` (training tokens x lengths counted, per second).
+        within a length, documents: `kneser_ney_document_loss`, `absolute_document_loss`, `additive_document_loss`. `data_digest`,
+        `skipped_documents` and `test_overlap` of the text; `count_seconds` and `tokens_per_s` (training tokens x lengths counted, per second).
 
     Raises:
         ValueError: when a setting can't work.
@@ -208,7 +209,8 @@ def measure_counts(*, store: TokenStore | None = None, **settings) -> dict:
     s = CountSettings(**settings)
     wanted = list(s.context_lengths)
     if store is None:
-        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens)
+        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens, skip_bad=s.skip_bad)
+        check_planned(store.digest)
     data = subset(store, s.train_tokens, s.seed, s.segment_tokens)
     targets = draw_targets(store, "test", s.max_context, s.test_targets, s.targets_seed)
     windows = targets.windows(store, s.max_context)[:, s.max_context - wanted[-1] :]  # those of length 0 are targets alone
@@ -229,6 +231,9 @@ def measure_counts(*, store: TokenStore | None = None, **settings) -> dict:
         **{f"discount_{i + 1}": said.discount[wanted, i].tolist() for i in range(3)},
         "document": document.tolist(),
         "document_targets": count.tolist(),
+        "data_digest": store.digest,
+        "skipped_documents": store.skipped,
+        "test_overlap": store.overlap,
         "count_seconds": seconds,
         "tokens_per_s": s.train_tokens * (wanted[-1] + 1) / seconds,
     }

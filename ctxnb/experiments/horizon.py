@@ -49,7 +49,7 @@ def choose_lags(lengths: np.ndarray, longest: int = 1024, count: int = 40) -> np
         raise ValueError(f"{int((usable > 16).sum())} documents of at least 17 tokens: expected at least {MIN_DOCUMENTS}")
     return np.unique(np.geomspace(1, min(longest, usable[MIN_DOCUMENTS - 1] - 1), count).astype(np.int64))
 
-
+# %% ../../nbs/experiments/horizon.ipynb #d2aabcae
 def measure_horizon(
     store: TokenStore, train_tokens: float, lags: Sequence[int] | None = None, centre: str = "document", resamples: int = 1000, seed: int = 0,
 ) -> dict:

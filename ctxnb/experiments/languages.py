@@ -139,7 +139,7 @@ def write_language(name: str, path: Path, documents: int = DOCUMENTS, length: in
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_atomic(path, content.getvalue())
 
-
+# %% ../../nbs/experiments/languages.ipynb #5d583e7b
 def language_store(corpus: str | Path, tokenizer: str = "bytes", min_tokens: int = 1, build: bool = True) -> TokenStore | None:
     """Token store of a language, for the `data` entry of a grid.
 

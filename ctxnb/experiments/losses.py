@@ -54,7 +54,7 @@ def next_token_losses(
     parts = list(zip(hidden.flatten(0, 1).split(rows), labels.flatten().split(rows)))
     if torch.is_grad_enabled() and len(parts) > 1:
         # PyTorch's chunked `linear_cross_entropy` needs no second pass, but in bfloat16 its loss is off by half a nat (2.13)
-        computed = [checkpoint(losses, *part, use_reentrant=False) for part in parts]
+        computed = [checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     else:
         computed = [losses(*part) for part in parts]
     return torch.cat(computed).view(labels.shape)

@@ -28,7 +28,7 @@ from ..models.pretrained import (
 from ..models.source import ModelSource, find_model
 from ..paths import write_atomic
 from ..text.corpus import absolute_corpus
-from ..text.identity import recall, remember
+from ..text.identity import check_planned, recall, remember
 from ..text.store import KnownStore, TokenStore, json_digest
 from ..text.tokenizers import load_tokenizer
 from ..text.tokens import token_store
@@ -39,16 +39,15 @@ if TYPE_CHECKING:  # the planner of a grid asks for the data's digest without lo
 log = logging.getLogger("ctxnb")
 
 # %% auto #0
-__all__ = ['log', 'MeasureSettings', 'MeasuredText', 'measured_text', 'measure']
+__all__ = ['log', 'ModelSettings', 'MeasureSettings', 'MeasuredText', 'measured_text', 'measure']
 
 # %% ../../nbs/experiments/measure.ipynb #08101c53
-_LAYERS = {"about": "hidden states to take, or none; 0 enters the first block, -1 is read by the output matrix", "low": -math.inf, "high": math.inf,
-           "choices": (), "empty": True}
+_TEXT = ("model", "corpus", "tokenizer", "revision", "trust_remote_code", "text_column", "percent", "start_from", "min_tokens", "skip_bad")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureSettings:
-    """What defines a measurement; each field carries its range and one line of text (`about`)."""
+class ModelSettings:
+    """A fixed model, the text it reads, and how it is run; each field carries its range and one line of text (`about`)."""
 
     model: str = setting("smollm2", "smollm2, a model's folder, a .gguf file, or an id of the Hugging Face hub")
     revision: str = setting("main", "branch, tag or commit on the hub")
@@ -60,9 +59,35 @@ class MeasureSettings:
     start_from: float = setting(0.0, "where in openwebtext to start, percent of its documents", 0, 100)
     min_tokens: int = setting(1, "documents of fewer tokens are left out", 1)
     skip_bad: float = setting(0.0, "share of the documents that may be bad and are then skipped", 0, 0.999)
+    split: str = setting("all", "test for a model that was trained on this text, else all", choices=("train", "dev", "test", "all"))
+    dtype: str = setting("float32", "number format of weights and computation", choices=("float32", "bfloat16"))
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N, or all (spread over all GPUs)")
+    attention: str = setting("", "attention implementation of transformers; empty for its choice")
+    batch_tokens: int = setting(2048, "tokens that go through the model at once", 1)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def read(self) -> MeasuredText:
+        """Model and text, checked; see `measured_text`. A device that is not there is refused first."""
+        check_device(self.dtype, self.device)
+        return measured_text(**{name: getattr(self, name) for name in _TEXT})
+
+    def load(self, text: MeasuredText) -> PreTrainedModel:
+        """The model in evaluation mode, on its device."""
+        return load_model(text.source, self.dtype, self.device, self.attention, self.trust_remote_code)
+
+# %% ../../nbs/experiments/measure.ipynb #cbb073ef
+_LAYERS = {"about": "hidden states to take, or none; 0 enters the first block, -1 is read by the output matrix", "low": -math.inf, "high": math.inf,
+           "choices": (), "empty": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSettings(ModelSettings):
+    """What defines a measurement, beside model and text; each field carries its range and one line of text (`about`)."""
+
     context_length: int = setting(16, "visible tokens before the target", 1)
     max_context: int = setting(256, "visible tokens before every target, the same for all runs to be compared", 1)
-    split: str = setting("all", "test for a model that was trained on this text, else all", choices=("train", "dev", "test", "all"))
     documents: int = setting(0, "documents to take targets from; 0 for all that are long enough", 0)
     targets_per_document: int = setting(1, "targets in each", 1)
     targets_seed: int = setting(0, "of the targets; the same for all runs to be compared", 0)
@@ -76,13 +101,9 @@ class MeasureSettings:
     positions: int = setting(64, "in the run of the longest length, also the loss at so many positions inside the windows", 0)
     passage_tokens: int = setting(0, "also the losses of so many consecutive tokens of one document", 0)
     keep_features: bool = setting(False, "write the features to the run's folder")
-    dtype: str = setting("float32", "number format of weights and computation", choices=("float32", "bfloat16"))
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N, or all (spread over all GPUs)")
-    attention: str = setting("", "attention implementation of transformers; empty for its choice")
-    batch_tokens: int = setting(2048, "tokens that go through the model at once", 1)
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         if self.context_length > self.max_context:
             raise ValueError(f"context_length = {self.context_length!r}: expected 1 to max_context = {self.max_context}")
 
@@ -108,6 +129,11 @@ class MeasuredText:
         """Hash of text, tokenizer, parameters of the store, and model."""
         return hashlib.sha256(f"{self.store.digest}\n{self.source.identity}".encode()).hexdigest()
 
+    @property
+    def notes(self) -> list[str]:
+        """What to know of the text, see `TokenStore.notes`."""
+        return getattr(self.store, "notes", [])
+
 
 def _read_text(source: ModelSource, corpus: str, tokenizer: str, trust_remote_code: bool, build: bool, **options: Any) -> MeasuredText | None:
     """Check a found model, and give it the token store of a text."""
@@ -116,7 +142,7 @@ def _read_text(source: ModelSource, corpus: str, tokenizer: str, trust_remote_co
     tokenizer = tokenizer_of(source, config, tokenizer)
     vocab_size, rows = load_tokenizer(tokenizer).vocab_size, config.get_text_config().vocab_size
     check_tokenizer(config, vocab_size, tokenizer, source.name)
-    store = token_store(corpus, tokenizer, **options, build=build)
+    store = token_store(corpus, tokenizer, **options, build=build, empty_splits=True)
     if vocab_size > rows and isinstance(store, TokenStore):
         check_tokenizer(config, vocab_size, tokenizer, source.name, int(store.tokens.max()))
     return store and MeasuredText(source, store, tokenizer, config)
@@ -161,6 +187,8 @@ def measured_text(
         if build or not (known := recall(request)):
             raise
         return KnownStore(known["digest"])
+    if text and build:
+        check_planned(text.digest)
     if text and recall(request) != {"digest": text.digest}:
         remember(request, {"digest": text.digest})
     return text
@@ -276,6 +304,29 @@ def _bos(settings: MeasureSettings, text: MeasuredText) -> int | None:
     return None
 
 # %% ../../nbs/experiments/measure.ipynb #55ec88f1
+def _measured(s: MeasureSettings, text: MeasuredText, loaded: PreTrainedModel, targets: pd.DataFrame, bos: int | None) -> tuple[dict, Measurement]:
+    """The pass over the targets' windows, and what it gives."""
+    from ctxnb.experiments.loop import MicroBatch  # brings torch, which looking at a text and a model does without
+
+    if loaded.device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    inside = position_sample(s.context_length, s.positions if s.context_length == s.max_context else 0)
+    windows = target_windows(text.store, targets, s.context_length)
+    keep = s.estimators or s.keep_features
+    measured = MicroBatch(s.batch_tokens).fit(lambda tokens: measure_windows(loaded, windows, s.layers, bos, tokens, inside, keep_features=keep))
+    log.info("%s l=%d: %.4f nats, %d targets in %.0f s", text.source.name, s.context_length, measured.loss.mean(), len(targets), measured.seconds)
+    result = _loss_summary(targets, measured, text.store, s.split) | {
+        "targets": len(targets),
+        "target": windows[:, -1],
+        "target_text": [text.store.decode([token]) for token in windows[:, -1]],
+        "target_recurs": recurrence(target_windows(text.store, targets, s.max_context)),
+    }
+    about_run = _about_run(text, loaded, measured, len(windows) * s.context_length, s.split)
+    return result | about_run | _representations(s, measured), measured
+
+# %% ../../nbs/experiments/measure.ipynb #12bf8890
 def measure(
     folder: Path | str,
     **settings: Any,
@@ -299,13 +350,12 @@ def measure(
         MemoryError: a single window does not fit in memory.
     """
     s = MeasureSettings(**settings)
-    check_device(s.dtype, s.device)
-    text = measured_text(s.model, s.corpus, s.tokenizer, s.revision, s.trust_remote_code, s.text_column, s.percent, s.start_from, s.min_tokens, s.skip_bad)
+    text = s.read()
     check_context(text.config, s.max_context + s.bos, text.source.name)
     note_context(text.config, s.context_length + s.bos, text.source.name)
     bos, targets = _bos(s, text), _targets(s, text.store)
     passage = _passage(text.store, targets, s.max_context, s.passage_tokens) if s.passage_tokens else None
-    loaded = load_model(text.source, s.dtype, s.device, s.attention, s.trust_remote_code)
+    loaded = s.load(text)
     result, measured = _measured(s, text, loaded, targets, bos)
     if passage is not None:
         ids, first = passage
@@ -314,26 +364,3 @@ def measure(
     result["peak_memory_mb"] = _peak_memory_mb(loaded)
     _write(Path(folder), targets, result["target"], measured, s.keep_features)
     return result
-
-
-def _measured(s: MeasureSettings, text: MeasuredText, loaded: PreTrainedModel, targets: pd.DataFrame, bos: int | None) -> tuple[dict, Measurement]:
-    """The pass over the targets' windows, and what it gives."""
-    from ctxnb.experiments.loop import MicroBatch  # brings torch, which looking at a text and a model does without
-
-    if loaded.device.type == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-    inside = position_sample(s.context_length, s.positions if s.context_length == s.max_context else 0)
-    windows = target_windows(text.store, targets, s.context_length)
-    keep = s.estimators or s.keep_features
-    measured = MicroBatch(s.batch_tokens).fit(lambda tokens: measure_windows(loaded, windows, s.layers, bos, tokens, inside, keep_features=keep))
-    log.info("%s l=%d: %.4f nats, %d targets in %.0f s", text.source.name, s.context_length, measured.loss.mean(), len(targets), measured.seconds)
-    result = _loss_summary(targets, measured, text.store, s.split) | {
-        "targets": len(targets),
-        "target": windows[:, -1],
-        "target_text": [text.store.decode([token]) for token in windows[:, -1]],
-        "target_recurs": recurrence(target_windows(text.store, targets, s.max_context)),
-    }
-    about_run = _about_run(text, loaded, measured, len(windows) * s.context_length, s.split)
-    return result | about_run | _representations(s, measured), measured

@@ -5,12 +5,52 @@
 # %% ../../nbs/experiments/representation.ipynb #93999c0c
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 # %% auto #0
-__all__ = ['representation']
+__all__ = ['neighbour_estimates', 'representation']
 
 # %% ../../nbs/experiments/representation.ipynb #3fadb83c
+def neighbour_estimates(
+    points: np.ndarray,
+    leading: np.ndarray,
+    discard: float = 0.0,
+    duplicates: str = "drop",
+) -> dict[str, float | None]:
+    """Dimensions from the nearest neighbours, and entropies in the leading directions: the one panel of this project.
+
+    Args:
+        points: float array [n, d].
+        leading: float array [n, p], the same samples in p leading directions.
+        discard: share of the largest ratios of TwoNN that are treated as censored.
+        duplicates: `drop` keeps one of samples that coincide; `raise` makes the estimates None where some do.
+
+    Returns:
+        `twonn_dimension`, `levina_bickel_dimension` (20 neighbours), `knn_entropy` (4th neighbour) and `kde_entropy` (leave-one-out, bandwidth by likelihood;
+        nats); None where an estimator says that there is none (too few or too regular points).
+    """
+    from ctxnb.stats import intrinsic_entropy as neighbours
+
+    return {
+        "twonn_dimension": _or_none(neighbours.two_nn_dimension, points, discard=discard, duplicates=duplicates),
+        "levina_bickel_dimension": _or_none(neighbours.levina_bickel_dimension, points, 20, duplicates=duplicates),
+        "knn_entropy": _or_none(neighbours.kozachenko_leonenko_entropy, leading, 4, duplicates=duplicates),
+        "kde_entropy": _or_none(neighbours.kde_entropy, leading, "likelihood"),
+    }
+
+
+def _or_none(estimator: Callable, *arguments: Any, **options: Any) -> float | None:
+    """The estimate; None where it does not exist or is not finite."""
+    try:
+        value = float(estimator(*arguments, **options))
+    except ValueError:
+        return None
+    return value if np.isfinite(value) else None
+
+# %% ../../nbs/experiments/representation.ipynb #145adc90
 _DISTINCT = 0.9  # least share of samples that differ from each other
 _NEIGHBOURS = ("subspace_logdet", "twonn_dimension", "levina_bickel_dimension", "knn_entropy", "knn_entropy_full", "kde_entropy",
                "kde_scott_entropy")
@@ -38,8 +78,8 @@ def representation(
     Raises:
         ValueError: constant features.
     """
-    from ctxnb.stats import intrinsic_entropy as neighbours
     from ctxnb.stats import spectrum
+    from ctxnb.stats.intrinsic_entropy import kde_entropy, kozachenko_leonenko_entropy
 
     n, d = features.shape
     p = max(1, min(entropy_dimension, d, n // 4))
@@ -54,13 +94,8 @@ def representation(
         return values | dict.fromkeys(_NEIGHBOURS)
     centred = features.astype(np.float64) - features.mean(0, dtype=np.float64)
     leading = centred @ np.linalg.svd(centred, full_matrices=False)[2][:p].T
-    estimates = (
-        np.log(eigenvalues[:p]).sum() / 2,
-        neighbours.two_nn_dimension(features, duplicates="drop"),
-        neighbours.levina_bickel_dimension(features, 20, duplicates="drop"),
-        neighbours.kozachenko_leonenko_entropy(leading, duplicates="drop"),
-        neighbours.kozachenko_leonenko_entropy(features, duplicates="drop"),
-        neighbours.kde_entropy(leading, "likelihood"),
-        neighbours.kde_entropy(leading, "scott", leave_one_out=False),
-    )
-    return values | dict(zip(_NEIGHBOURS, map(float, estimates)))
+    return values | neighbour_estimates(features, leading) | {
+        "subspace_logdet": float(np.log(eigenvalues[:p]).sum() / 2),
+        "knn_entropy_full": float(kozachenko_leonenko_entropy(features, duplicates="drop")),
+        "kde_scott_entropy": float(kde_entropy(leading, "scott", leave_one_out=False)),
+    }

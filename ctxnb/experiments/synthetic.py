@@ -21,12 +21,13 @@ from .loop import Checkpoint, Progress, choose_device, fit, out_of_patience
 from .schema import SyntheticSettings
 from ..models.xor import make_model, mask_beyond
 from ..paths import write_atomic
+from ..text.identity import check_planned
 from ..text.xor_strings import Samples, split
 from ..text.xor_tasks import TaskSet, task_set
 
 # %% auto #0
 __all__ = ['PLATEAU', 'CHECKPOINT', 'MODEL', 'Evaluation', 'logits_of', 'evaluate', 'BitData', 'visible_bits', 'epoch_order',
-           'updater', 'on_plateau', 'patience_of', 'model_of', 'save_model', 'load_model', 'train', 'dev_measure',
+           'updater', 'on_plateau', 'patience_of', 'model_of', 'save_model', 'load_model', 'dev_measure', 'train',
            'result_of']
 
 # %% ../../nbs/experiments/synthetic.ipynb #b1eb2815
@@ -69,7 +70,7 @@ def logits_of(model: nn.Module, bits: torch.Tensor, task: torch.Tensor, rows: in
     """
     return torch.cat([model(b, t.long()) for b, t in zip(bits.split(rows), task.split(rows))])
 
-
+# %% ../../nbs/experiments/synthetic.ipynb #b1eb2s1
 def evaluate(model: nn.Module, samples: Samples, tasks: TaskSet, context_length: int, visible: int | None = None) -> Evaluation:
     """Losses and directly measured approximation loss of a model.
 
@@ -274,53 +275,6 @@ def load_model(folder: Path | str) -> tuple[nn.Module, SyntheticSettings]:
     return model, s
 
 # %% ../../nbs/experiments/synthetic.ipynb #b40c4e0d
-def train(*, folder: Path | str, checkpoint_seconds: float = 30.0, **settings) -> dict:
-    """Train one model and measure it; a killed run resumes from its last checkpoint when called again.
-
-    Args:
-        folder: where the checkpoint and then the trained model go; made if it is not there.
-        checkpoint_seconds: shortest time between two checkpoints, seconds.
-        **settings: fields of `SyntheticSettings`.
-
-    Returns:
-        Flat dictionary, see `result_of`.
-
-    Raises:
-        ValueError: a setting can't work, there are fewer strings than samples, the folder holds another run's checkpoint.
-        RuntimeError: a GPU is asked for and there is none.
-        TrainingDiverged: the training loss is not finite.
-    """
-    s = SyntheticSettings(**settings)
-    device, tasks, folder = choose_device(s.device), task_set(s.tasks), Path(folder)
-    tasks.bayes_risk(s.context_length)  # refuses more bits than the strings have
-    samples = split(tasks, s.train_samples, s.dev_samples, s.test_samples, s.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    model = model_of(s, tasks).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay, fused=True)
-    checkpoint = Checkpoint(folder / CHECKPOINT, asdict(s) | {"data": tasks.digest, "device": device.type, "torch": str(torch.__version__)})
-    progress = Progress()
-    if state := checkpoint.load():
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        progress = Progress(**state["progress"])
-
-    def save() -> None:
-        if progress.step in points and checkpoint.due(checkpoint_seconds):
-            checkpoint.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": vars(progress)})
-
-    points = {*range(0, s.steps, s.eval_steps or s.steps_per_epoch), s.steps}
-    dev_loss, floor = dev_measure(s, samples.dev, tasks, model, device)
-    torch.set_float32_matmul_precision(s.matmul_precision)
-    fit(progress, updater(s, BitData(samples.train, s, device), model, optimizer), s.steps, points=points, measure=dev_loss,
-        weights=model.state_dict, stop=patience_of(s, floor), save=save, label=f"l={s.context_length} D={s.train_samples:,}")
-    torch.set_float32_matmul_precision("highest")
-    model.load_state_dict(progress.best_weights)
-    final = evaluate(model, samples.test, tasks, s.context_length)
-    save_model(folder, s, model)
-    checkpoint.remove()
-    return result_of(s, tasks, model, progress, final, floor, device)
-
-
 def dev_measure(
     s: SyntheticSettings, samples: Samples, tasks: TaskSet, model: nn.Module, device: torch.device
 ) -> tuple[Callable[[], float], float]:
@@ -348,6 +302,54 @@ def dev_measure(
         return loss
 
     return dev_loss, floor
+
+# %% ../../nbs/experiments/synthetic.ipynb #b40c4s1
+def train(*, folder: Path | str, checkpoint_seconds: float = 30.0, **settings) -> dict:
+    """Train one model and measure it; a killed run resumes from its last checkpoint when called again.
+
+    Args:
+        folder: where the checkpoint and then the trained model go; made if it is not there.
+        checkpoint_seconds: shortest time between two checkpoints, seconds.
+        **settings: fields of `SyntheticSettings`.
+
+    Returns:
+        Flat dictionary, see `result_of`.
+
+    Raises:
+        ValueError: a setting can't work, there are fewer strings than samples, the folder holds another run's checkpoint.
+        RuntimeError: a GPU is asked for and there is none.
+        TrainingDiverged: the training loss is not finite.
+    """
+    s = SyntheticSettings(**settings)
+    device, tasks, folder = choose_device(s.device), task_set(s.tasks), Path(folder)
+    check_planned(tasks.digest)
+    tasks.bayes_risk(s.context_length)  # refuses more bits than the strings have
+    samples = split(tasks, s.train_samples, s.dev_samples, s.test_samples, s.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = model_of(s, tasks).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay, fused=True)
+    checkpoint = Checkpoint(folder / CHECKPOINT, asdict(s) | {"data": tasks.digest, "device": device.type, "torch": str(torch.__version__)})
+    progress = Progress()
+    if state := checkpoint.load():
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        progress = Progress(**state["progress"])
+
+    def save() -> None:
+        if progress.step in points and checkpoint.due(checkpoint_seconds):
+            checkpoint.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": vars(progress)})
+
+    points = {*range(0, s.steps, s.eval_steps or s.steps_per_epoch), s.steps}
+    dev_loss, floor = dev_measure(s, samples.dev, tasks, model, device)
+    torch.set_float32_matmul_precision(s.matmul_precision)
+    fit(progress, updater(s, BitData(samples.train, s, device), model, optimizer), s.steps, points=points, measure=dev_loss,
+        weights=model.state_dict, stop=patience_of(s, floor), save=save, label=f"l={s.context_length} D={s.train_samples:,}")
+    torch.set_float32_matmul_precision("highest")
+    model.load_state_dict(progress.best_weights)
+    final = evaluate(model, samples.test, tasks, s.context_length)
+    save_model(folder, s, model)
+    checkpoint.remove()
+    return result_of(s, tasks, model, progress, final, floor, device)
 
 # %% ../../nbs/experiments/synthetic.ipynb #d0e2e7c8
 def result_of(

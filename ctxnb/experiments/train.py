@@ -25,13 +25,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from .graph import RecordedPass, step_way
 from .group import all_mean, in_group, on_rank0, rank, world_size
 from .loop import Checkpoint, MicroBatch, Progress, TrainingDiverged, choose_device, copy_state, fit
 from .losses import Evaluation, autocast, evaluate, next_token_losses, shorter_contexts
 from .schedule import branch_start, learning_rate_at, survivors
 from .schema import TrainResult, TrainSettings
-from ..models.gpt import gpt, gpt_config
-from ..text.packing import Packed, document_positions
+from ..models.gpt import gpt, gpt_config, without_mask
+from ..text.identity import check_planned
+from ..text.packing import Packed, Stream, document_positions
 from ..text.tokens import TokenStore, token_store
 from ..text.windows import Subset, Targets, Windows, draw_targets, draw_training_targets, micro_batches, subset
 
@@ -39,8 +41,8 @@ log = logging.getLogger("ctxnb")
 
 # %% auto #0
 __all__ = ['log', 'CHECKPOINT', 'MODEL', 'Text', 'read_text', 'step_windows', 'visible_context', 'usable_share', 'adamw',
-           'BlockLoss', 'update', 'ResidualDropout', 'bfloat16_gain', 'Search', 'Job', 'run_leg', 'run_trial', 'search',
-           'measure', 'describe', 'peak_memory_mb', 'save_model', 'compile_blocks', 'processes_of', 'train']
+           'BlockLoss', 'update', 'record', 'ResidualDropout', 'bfloat16_gain', 'Search', 'Job', 'run_leg', 'run_trial',
+           'search', 'measure', 'peak_memory_mb', 'describe', 'save_model', 'compile_blocks', 'processes_of', 'train']
 
 # %% ../../nbs/experiments/train.ipynb #1004f483
 class Text(NamedTuple):
@@ -77,7 +79,8 @@ def read_text(s: TrainSettings, store: TokenStore | None = None) -> Text:
         ValueError: D exceeds the training split, or no window or no target fits in a document.
     """
     if store is None:
-        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens)
+        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens, skip_bad=s.skip_bad)
+        check_planned(store.digest)
     data = subset(store, s.train_tokens, s.seed, s.segment_tokens)
     inside = s.windows == "inside"
     windows = {length: Windows(data, length) if inside else Packed(data, length, store.eod) for length in s.block_lengths}
@@ -89,21 +92,23 @@ def read_text(s: TrainSettings, store: TokenStore | None = None) -> Text:
     train = draw_training_targets(store, data, s.max_context, s.train_targets, s.targets_seed)
     return Text(store, data, windows, dev, test, train)
 
-
-def step_windows(s: TrainSettings, text: Text, step: int) -> np.ndarray:
+# %% ../../nbs/experiments/train.ipynb #1004fs1
+def step_windows(s: TrainSettings, text: Text, step: int, stream: Stream | None = None) -> np.ndarray | torch.Tensor:
     """Windows of one weight update, a function of the seed and the step number.
 
     Args:
         s: settings.
         text: text of the run.
         step: number of the step, from 0.
+        stream: the same tokens on a device; None reads them from the store.
 
     Returns:
-        int64 array [windows, length + 1]; with mixed blocks the length is drawn for each step.
+        int64 array [windows, length + 1], with a stream a tensor on its device; with mixed blocks the length is drawn for each step.
     """
     lengths = s.block_lengths
     length = lengths[np.random.default_rng([s.seed, 3, step]).integers(len(lengths))]
-    return text.windows[length].draw(s.step_windows(length), s.seed, step)
+    windows, n = text.windows[length], s.step_windows(length)
+    return windows.draw(n, s.seed, step) if stream is None else stream.draw(windows, n, s.seed, step)
 
 # %% ../../nbs/experiments/train.ipynb #594ec7d9
 def visible_context(s: TrainSettings, text: Text, steps: int = 50) -> np.ndarray:
@@ -192,6 +197,7 @@ def update(
     parts: int = 1,
     clip: float = 1.0,
     bf16: bool = False,
+    recorded: RecordedPass | None = None,
 ) -> torch.Tensor:
     """One update of the weights.
 
@@ -203,12 +209,18 @@ def update(
         parts: equal micro-batches that the windows go through the model in; n is a multiple of it.
         clip: largest norm of the gradient.
         bf16: compute in bfloat16 autocast.
+        recorded: the pass of one micro-batch as a CUDA graph, see `record`; it replaces `loss_of`.
 
     Returns:
         float32 scalar on the device, mean loss of the windows before the update. Cost: see `flops_per_token`.
     """
     total = torch.zeros((), device=ids.device)
+    if recorded:
+        recorded.begin()
     for i, part in enumerate(ids.chunk(parts)):
+        if recorded:
+            total += recorded(part)
+            continue
         with loss_of.no_sync() if world_size() > 1 and i < parts - 1 else nullcontext():
             with autocast(ids.device, bf16):
                 loss = loss_of(part) / parts
@@ -218,6 +230,25 @@ def update(
     optimizer.step()
     optimizer.zero_grad()
     return total
+
+# %% ../../nbs/experiments/train.ipynb #b01856ed
+def record(loss_of: torch.nn.Module, ids: torch.Tensor, parts: int, bf16: bool) -> RecordedPass:
+    """The pass of `update` over one micro-batch as a CUDA graph.
+
+    Args:
+        loss_of: see `update`; not of a group.
+        ids: int64 [n, l + 1] windows of a step on a GPU.
+        parts: equal micro-batches of a step.
+        bf16: compute in bfloat16 autocast.
+
+    Returns:
+        What `update` takes as `recorded` with windows of this shape and as many parts.
+    """
+    def loss(part: torch.Tensor) -> torch.Tensor:
+        with autocast(part.device, bf16):
+            return loss_of(part) / parts
+
+    return RecordedPass(loss, ids.chunk(parts)[0], [weight for weight in loss_of.parameters() if weight.requires_grad])
 
 # %% ../../nbs/experiments/train.ipynb #db15d9d1
 class ResidualDropout:
@@ -267,6 +298,8 @@ def bfloat16_gain(model: PreTrainedModel, s: TrainSettings, ids: torch.Tensor, p
 
 # %% ../../nbs/experiments/train.ipynb #341f7b69
 CHECKPOINT = "checkpoint.pt"
+
+
 MODEL = "model"
 
 
@@ -304,10 +337,10 @@ class Search:
         """Dev losses of a candidate's finished branches, shortest budget first."""
         return [trial["dev_loss"] for trial in self.trials if trial["candidate"] == candidate]
 
-
+# %% ../../nbs/experiments/train.ipynb #341f7s1
 @dataclass
 class Job:
-    """A run in one process: settings, text, model, and what it found so far."""
+    """A run in one process: settings, text, model, what it found so far, and whether passes are recorded as CUDA graphs."""
 
     s: TrainSettings
     text: Text
@@ -316,19 +349,32 @@ class Job:
     checkpoint: Checkpoint
     checkpoint_seconds: float
     found: Search
+    graph: bool = False
 
     def __post_init__(self) -> None:
         self.dropout = ResidualDropout(self.model)
-        loss_of = BlockLoss(self.model, self.s, self.text.store.eod if self.s.windows == "masked" else None)
+        masked, eod = self.s.windows == "masked", self.text.store.eod
+        loss_of = BlockLoss(self.model if masked else without_mask(self.model), self.s, eod if masked else None)
         if world_size() > 1:
             loss_of = DistributedDataParallel(loss_of, forward_sync_buffers=False, gradient_as_bucket_view=True)
         self.loss_of, self.micro = loss_of, MicroBatch(self.s.micro_tokens)
         self.start = copy_state(self.model.state_dict())
+        self.stream = Stream(self.text.data, eod, self.device) if self.device.type == "cuda" else None
+        self.passes: dict[tuple, tuple[int, RecordedPass]] = {}
 
     def windows(self, step: int) -> torch.Tensor:
         """This process's share of a step's windows, on the device."""
-        ids = torch.from_numpy(step_windows(self.s, self.text, step)).chunk(world_size())[rank()]
-        return ids.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else ids
+        return torch.as_tensor(step_windows(self.s, self.text, step, self.stream)).chunk(world_size())[rank()]
+
+    def recorded(self, ids: torch.Tensor, parts: int) -> RecordedPass | None:
+        """The recorded pass for these windows in so many parts, if passes are to be recorded."""
+        if not self.graph or world_size() > 1:
+            return None
+        key = (ids.shape, self.dropout.share)
+        if self.passes.get(key, (0, None))[0] != parts:  # the first time, or after the memory was full
+            self.passes.pop(key, None)
+            self.passes[key] = parts, record(self.loss_of, ids, parts, bool(self.found.bf16))
+        return self.passes[key][1]
 
     def evaluate(self, targets: Targets, context: int, **how) -> Evaluation:
         """See `evaluate`; with as many tokens at once as fit in memory."""
@@ -374,8 +420,10 @@ def run_leg(job: Job, candidate: int, first: int, until: int, anneal: bool) -> f
 
         def attempt(tokens: int) -> torch.Tensor:
             optimizer.zero_grad()  # an attempt that did not fit leaves some
-            job.dropout.seed(s.seed, 4, step, rank())
-            return update(job.loss_of, optimizer, ids, micro_batches(len(ids), ids.shape[1] - 1, tokens), s.clip, found.bf16)
+            parts = micro_batches(len(ids), ids.shape[1] - 1, tokens)
+            recorded = job.recorded(ids, parts)
+            job.dropout.seed(s.seed, 4, step, rank())  # after the recording, which draws masks too
+            return update(job.loss_of, optimizer, ids, parts, s.clip, found.bf16, recorded)
 
         loss = job.micro.fit(attempt) if world_size() == 1 else attempt(s.micro_tokens)  # the others of a group would wait for its gradients
         if average:
@@ -489,7 +537,22 @@ def measure(job: Job) -> dict:
         "document_targets": final.document_targets.tolist(),
     }
 
+# %% ../../nbs/experiments/train.ipynb #3522bs1
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far: of the GPU's tensors, or of this process.
 
+    Args:
+        device: where it was computed.
+
+    Returns:
+        MiB.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20 if sys.platform == "darwin" else kib / 2**10  # bytes there, KiB elsewhere
+
+# %% ../../nbs/experiments/train.ipynb #20e62bf7
 def describe(job: Job) -> dict:
     """What was trained on, how it was chosen, and what it cost.
 
@@ -510,6 +573,9 @@ def describe(job: Job) -> dict:
         "dev_loss": best["dev_loss"],
         "vocab_size": text.store.vocab_size,
         "bytes_per_token": text.store.bytes_per_token("test"),
+        "data_digest": text.store.digest,
+        "skipped_documents": text.store.skipped,
+        "test_overlap": text.store.overlap,
         "usable_share": usable_share(s, text.data),
         "exposure_context": edges,
         "exposure_share": (np.histogram(visible, [*edges, 2 * edges[-1]])[0] / len(visible)).tolist(),
@@ -535,21 +601,6 @@ def describe(job: Job) -> dict:
         "hardware_used": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
         "group_size": world_size(),
     }
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory so far: of the GPU's tensors, or of this process.
-
-    Args:
-        device: where it was computed.
-
-    Returns:
-        MiB.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / 2**20 if sys.platform == "darwin" else kib / 2**10  # bytes there, KiB elsewhere
 
 # %% ../../nbs/experiments/train.ipynb #58f45ab4
 def save_model(folder: Path, model: PreTrainedModel, store: TokenStore) -> None:
@@ -584,7 +635,7 @@ def compile_blocks(model: PreTrainedModel) -> None:
 _NOT_THE_RESULT = ("device", "processes")  # where it is computed
 
 
-def _open_job(s: TrainSettings, folder: Path, text: Text, checkpoint_seconds: float) -> Job:
+def _open_job(s: TrainSettings, folder: Path, text: Text, checkpoint_seconds: float, graph: bool) -> Job:
     """Model, checkpoint and progress of a run in this process."""
     device = choose_device(s.device)
     about = {key: getattr(s, key) for key in ("context_length", "train_tokens", "seed")}
@@ -595,7 +646,7 @@ def _open_job(s: TrainSettings, folder: Path, text: Text, checkpoint_seconds: fl
     checkpoint = Checkpoint(folder / CHECKPOINT, identity)
     if state := checkpoint.load():
         log.info("resuming %s after %d trials", folder.name, len(state["trials"]))
-    return Job(s, text, gpt(config, s.seed).to(device), device, checkpoint, checkpoint_seconds, Search(**state or {}))
+    return Job(s, text, gpt(config, s.seed).to(device), device, checkpoint, checkpoint_seconds, Search(**state or {}), graph)
 
 
 def _choose_precision(job: Job) -> None:
@@ -634,20 +685,22 @@ def processes_of(s: TrainSettings, device: torch.device) -> int:
 
 # %% ../../nbs/experiments/train.ipynb #b82b604c
 def _train(
-    s: TrainSettings, folder: Path, compile: bool | None, checkpoint_seconds: float, text: Text | None = None, store: TokenStore | None = None
+    s: TrainSettings, folder: Path, compile: bool | None, graph: bool | None, checkpoint_seconds: float, text: Text | None = None,
+    store: TokenStore | None = None,
 ) -> TrainResult:
     """The run of one process, which is all of it or a share in a group; only the first process writes files.
 
     A process of a group gets no `text`, which is costly to send, and opens it.
     """
     text = text or read_text(s, store)
+    compile, graph = step_way(choose_device(s.device), compile, graph)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
-        job = _open_job(s, folder, text, checkpoint_seconds)
+        job = _open_job(s, folder, text, checkpoint_seconds, graph)
         _choose_precision(job)
         if job.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(job.device)
-        if compile or (compile is None and job.device.type == "cuda"):
+        if compile:
             compile_blocks(job.model)
         search(job)
 
@@ -661,12 +714,13 @@ def _train(
 
     return on_rank0(report)
 
-
+# %% ../../nbs/experiments/train.ipynb #b82b6s1
 def train(
     *,
     folder: Path | str,
     store: TokenStore | None = None,
     compile: bool | None = None,
+    graph: bool | None = None,
     checkpoint_seconds: float = 30.0,
     **settings,
 ) -> TrainResult:
@@ -675,7 +729,8 @@ def train(
     Args:
         folder: where the checkpoint and then the trained `model/` go; made if it is not there.
         store: token store to use in place of the one that `corpus`, `tokenizer` and the settings after them name.
-        compile: `torch.compile` the blocks of the model for training; None for on a GPU only.
+        compile: `torch.compile` the blocks of the model for training; None for as `CTXNB_STEP` says, see `step_way`.
+        graph: record forward and backward passes as CUDA graphs, which needs a GPU; None for as `CTXNB_STEP` says.
         checkpoint_seconds: shortest time between two checkpoints, seconds.
         **settings: fields of `TrainSettings`.
 
@@ -691,7 +746,7 @@ def train(
     device = choose_device(s.device)
     processes = processes_of(s, device)
     text = read_text(s, store)
-    arguments = dict(s=s, folder=Path(folder), compile=compile, checkpoint_seconds=checkpoint_seconds)
+    arguments = dict(s=s, folder=Path(folder), compile=compile, graph=graph, checkpoint_seconds=checkpoint_seconds)
     if processes == 1:
         return _train(text=text, **arguments)
     # a new process opens the store from its file, which exists by now

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 
 import torch
-from transformers import NemotronConfig, NemotronForCausalLM
+from transformers import AttentionInterface, NemotronConfig, NemotronForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # %% auto #0
-__all__ = ['gpt_config', 'gpt', 'parameter_count', 'flops_per_token']
+__all__ = ['CAUSAL_ATTENTION', 'gpt_config', 'gpt', 'without_mask', 'parameter_count', 'flops_per_token']
 
 # %% ../../nbs/models/gpt.ipynb #72c45f2a
 def gpt_config(vocab_size: int, layers: int, heads: int, width: int, max_context: int, **more) -> NemotronConfig:
@@ -88,6 +89,23 @@ def gpt(config: NemotronConfig, seed: int) -> NemotronForCausalLM:
             else:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 weight.normal_(0.0, residual_scale if into_residual else scale, generator=generator)
+    return model
+
+# %% ../../nbs/models/gpt.ipynb #5f2dc561
+CAUSAL_ATTENTION = "causal"
+AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
+
+
+def without_mask(model: NemotronForCausalLM) -> NemotronForCausalLM:
+    """Let a model use PyTorch's fused causal attention at once, without a look at the positions.
+
+    Args:
+        model: from `gpt`; changed in place. Positions that begin anew inside a window no longer end attention.
+
+    Returns:
+        The same model. Its saved files stay as they were.
+    """
+    model.set_attn_implementation(CAUSAL_ATTENTION)
     return model
 
 # %% ../../nbs/models/gpt.ipynb #0762af67

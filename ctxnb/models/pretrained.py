@@ -27,7 +27,7 @@ log = logging.getLogger("ctxnb")
 
 # %% auto #0
 __all__ = ['log', 'DTYPES', 'read_config', 'check_weights', 'longest_context', 'check_context', 'context_facts', 'note_context',
-           'check_tokenizer', 'tokenizer_of', 'is_prepared', 'bos_of', 'adds_bos', 'check_device', 'check_blind_ahead',
+           'check_tokenizer', 'is_prepared', 'tokenizer_of', 'bos_of', 'adds_bos', 'check_device', 'check_blind_ahead',
            'load_model']
 
 # %% ../../nbs/models/pretrained.ipynb #e48ebad6
@@ -269,6 +269,36 @@ def check_tokenizer(
         raise ValueError(f"the text holds id {largest_id:,} and the embedding of {name} has {rows:,} rows: use the model's own tokenizer")
 
 # %% ../../nbs/models/pretrained.ipynb #8b00563f
+def _tokenizer_folder(source: ModelSource) -> Path:
+    label = re.sub(r"[^\w.-]+", "_", f"{source.location}-{source.revision}")
+    return data_dir() / "models" / f"tokenizer-{label}"
+
+
+def _hub_tokenizer_folder(source: ModelSource) -> Path:
+    folder = _tokenizer_folder(source)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.is_dir():
+            from transformers import AutoTokenizer
+
+            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+            AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False).save_pretrained(partial)
+            partial.rename(folder)
+    return folder
+
+
+def is_prepared(source: ModelSource) -> bool:
+    """Whether configuration and tokenizer of a model are on this machine.
+
+    Args:
+        source: from `find_model`.
+
+    Returns:
+        True for every folder.
+    """
+    return not source.revision or bool(cached_commit(source.location, source.revision) and _tokenizer_folder(source).is_dir())
+
+# %% ../../nbs/models/pretrained.ipynb #97f1a978
 def tokenizer_of(
     source: ModelSource,
     config: PreTrainedConfig,
@@ -302,36 +332,6 @@ def tokenizer_of(
             "(bytes, gpt2, or the folder of a Hugging Face tokenizer)"
         ) from None
     return source.location
-
-
-def _tokenizer_folder(source: ModelSource) -> Path:
-    label = re.sub(r"[^\w.-]+", "_", f"{source.location}-{source.revision}")
-    return data_dir() / "models" / f"tokenizer-{label}"
-
-
-def is_prepared(source: ModelSource) -> bool:
-    """Whether configuration and tokenizer of a model are on this machine.
-
-    Args:
-        source: from `find_model`.
-
-    Returns:
-        True for every folder.
-    """
-    return not source.revision or bool(cached_commit(source.location, source.revision) and _tokenizer_folder(source).is_dir())
-
-
-def _hub_tokenizer_folder(source: ModelSource) -> Path:
-    folder = _tokenizer_folder(source)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not folder.is_dir():
-            from transformers import AutoTokenizer
-
-            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-            AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False).save_pretrained(partial)
-            partial.rename(folder)
-    return folder
 
 # %% ../../nbs/models/pretrained.ipynb #fc2f9228
 def bos_of(
@@ -441,7 +441,7 @@ def check_blind_ahead(
         raise ValueError(f"model {name} ({type(model).__name__}) is not causal: its prediction changes with a later token (by {change:.1%} of the "
                          "logits' spread), so it has no loss given the tokens before")
 
-
+# %% ../../nbs/models/pretrained.ipynb #3e4e9696
 def load_model(
     source: ModelSource,
     dtype: str = "float32",

@@ -91,6 +91,9 @@ def read_table(path: Path | str, kind: str = "train", **filters: object) -> pd.D
         raise ValueError(f"{path.name} has no rows: no run of its grid is finished, or the filter leaves none")
     if kind == "runs":
         check_runs(table)  # names the first bad value by its row in the file
+        for column in {"document_loss", "document_targets"} & set(table):
+            if not table[column].map(lambda value: isinstance(value, (list, np.ndarray))).all():
+                raise ValueError(f"{path.name}: column {column} holds something else than a list for each run: take it from a .parquet table, or drop it")
     key = list(KEY[kind])
     if table.duplicated(key).any():
         twice = ", ".join(str(v) for v in table.loc[table.duplicated(key), key].iloc[0])
@@ -227,7 +230,7 @@ def mark_minimum(axis: plt.Axes, length: int, loss: float, colour: tuple, bracke
     look = dict(marker="*", s=170, color=colour) if bracketed else dict(marker="o", s=90, facecolor="none", edgecolor=colour, linewidth=1.5)
     axis.scatter(length, loss, zorder=3, **look)
 
-
+# %% ../../nbs/reports/tables.ipynb #2e08as1
 def plot_curves(curves: Sequence[Curve], unit: str = "token") -> Figure:
     """Loss against context length and the paired difference to the best length, a colour per data size.
 

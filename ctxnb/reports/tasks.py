@@ -78,6 +78,8 @@ def task_curve(
     cells = _by_context(items, value, weights)
     draws = resample_means(cells.to_numpy(float), resamples, seed)
     low, high = percentile_interval(draws, 0.95)
+    if value == "right":  # the widening for few contexts knows no bounds
+        low, high = low.clip(0, 1), high.clip(0, 1)
     best = draws.argmax(1) if value == "right" else draws.argmin(1)
     share = np.bincount(best, minlength=cells.shape[1]) / resamples
     return pd.DataFrame({"mean": cells.mean().to_numpy(), "low": low, "high": high, "best": share, "contexts": len(cells)}, index=cells.columns)

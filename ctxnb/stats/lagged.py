@@ -205,6 +205,19 @@ def _cross_frobenius(a: _Covariance, b: _Covariance, subspace: np.ndarray, rng: 
     return float(inside + outside / basis.shape[1])
 
 
+def _check(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int, lags: np.ndarray, centre: str) -> None:
+    if centre not in ("document", "corpus"):
+        raise ValueError(f'centre is {centre!r}: expected "document" or "corpus"')
+    if lengths.sum() != len(tokens) or len(lengths) and lengths.min() < 1:
+        raise ValueError(f"documents of {lengths.sum():,} tokens in all for {len(tokens):,} tokens: expected as many, and no empty one")
+    if not len(lags) or lags[0] < 1 or (np.diff(lags) < 1).any():
+        raise ValueError(f"lags are {lags.tolist()}: expected ascending numbers from 1")
+    if (long := int((lengths > lags[-1]).sum())) < 16:
+        raise ValueError(f"{long} documents are longer than the longest lag, {lags[-1]}: expected at least 16, or shorter lags")
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise ValueError(f"tokens hold ids from {tokens.min()} to {tokens.max()}: expected 0 to {vocab_size - 1}")
+
+# %% ../../nbs/stats/lagged.ipynb #a684ef9a
 def lag_norms(
     tokens: np.ndarray,
     lengths: np.ndarray,
@@ -249,19 +262,6 @@ def lag_norms(
     sums = tuple(np.stack(value, axis=1) for value in values)
     by_half = tuple(half.lengths for half in halves)
     return LagNorms(lags, np.array(norm), np.array(noise), np.array(frobenius), int(lengths.sum()), centre, by_half, sums)
-
-
-def _check(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int, lags: np.ndarray, centre: str) -> None:
-    if centre not in ("document", "corpus"):
-        raise ValueError(f'centre is {centre!r}: expected "document" or "corpus"')
-    if lengths.sum() != len(tokens) or len(lengths) and lengths.min() < 1:
-        raise ValueError(f"documents of {lengths.sum():,} tokens in all for {len(tokens):,} tokens: expected as many, and no empty one")
-    if not len(lags) or lags[0] < 1 or (np.diff(lags) < 1).any():
-        raise ValueError(f"lags are {lags.tolist()}: expected ascending numbers from 1")
-    if (long := int((lengths > lags[-1]).sum())) < 16:
-        raise ValueError(f"{long} documents are longer than the longest lag, {lags[-1]}: expected at least 16, or shorter lags")
-    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-        raise ValueError(f"tokens hold ids from {tokens.min()} to {tokens.max()}: expected 0 to {vocab_size - 1}")
 
 # %% ../../nbs/stats/lagged.ipynb #c75f710a
 CLEAR = 2.0  # noise levels, where the estimate falls short by a tenth at most

@@ -11,10 +11,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from .windows import Subset
+from .windows import Subset, Windows
 
 # %% auto #0
-__all__ = ['Packed', 'document_positions']
+__all__ = ['Packed', 'document_positions', 'Stream']
 
 # %% ../../nbs/text/packing.ipynb #7d6eb23d
 @dataclass(frozen=True)
@@ -44,6 +44,19 @@ class Packed:
             )
         return crops
 
+    def starts(self, n: int, seed: int, step: int) -> np.ndarray:
+        """Where the windows of `draw` begin in the stream.
+
+        Args:
+            n: number of windows.
+            seed: seed of the run.
+            step: number of the step, from 0.
+
+        Returns:
+            int64 array [n].
+        """
+        return np.random.default_rng([seed, 1, step]).integers(len(self), size=n)
+
     def draw(self, n: int, seed: int, step: int) -> np.ndarray:
         """Windows of one step.
 
@@ -55,8 +68,7 @@ class Packed:
         Returns:
             int64 array [n, l + 1] of token ids, some of them `eod`.
         """
-        crop = np.random.default_rng([seed, 1, step]).integers(len(self), size=n)
-        at = crop[:, None] + np.arange(self.context_length + 1)
+        at = self.starts(n, seed, step)[:, None] + np.arange(self.context_length + 1)
         piece = np.searchsorted(self._end, at, side="right")
         within = at - (self._end[piece] - self.data.lengths[piece])  # -1 at the eod before a piece
         ids = self.data.tokens[self.data.starts[piece] + np.maximum(within, 0)].astype(np.int64)
@@ -76,3 +88,38 @@ def document_positions(ids: torch.Tensor, eod: int) -> torch.Tensor:
     """
     index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     return index - torch.where(ids == eod, index, 0).cummax(1).values
+
+# %% ../../nbs/text/packing.ipynb #a9c07acd
+class Stream:
+    """The stream of a subset's pieces, `eod` before each, on a device.
+
+    Args:
+        data: training subset.
+        eod: id of the end of a document.
+        device: where the stream is kept and windows are gathered, 4 bytes a token.
+    """
+
+    def __init__(self, data: Subset, eod: int, device: torch.device | str) -> None:
+        end = np.cumsum(data.lengths + 1)
+        tokens = np.full(int(end[-1]), eod, dtype=np.int32)
+        for start, length, stop in zip(data.starts, data.lengths, end):
+            tokens[stop - length : stop] = data.tokens[start : start + length]
+        self.tokens = torch.from_numpy(tokens).to(device)
+
+    def draw(self, windows: Windows | Packed, n: int, seed: int, step: int) -> torch.Tensor:
+        """Windows of one step.
+
+        Args:
+            windows: of the same subset; which ones there are.
+            n: number of windows.
+            seed: seed of the run.
+            step: number of the step, from 0.
+
+        Returns:
+            int64 [n, l + 1] on the device, the tokens of `windows.draw`.
+        """
+        starts = torch.from_numpy(windows.starts(n, seed, step))
+        if self.tokens.is_cuda:
+            starts = starts.pin_memory().to(self.tokens.device, non_blocking=True)  # the CPU goes on
+        offsets = torch.arange(windows.context_length + 1, device=self.tokens.device)
+        return self.tokens[starts[:, None] + offsets].long()

@@ -185,6 +185,19 @@ class TokenStore(StoreFiles):
         return self.manifest["overlap"]["test_50grams_in_train"]
 
     @property
+    def skipped(self) -> int:
+        """Bad documents that were skipped, see `skip_bad`."""
+        return self.manifest.get("skipped", 0)
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know before one trusts a result on this text: what was left out, and what stands in training and test split alike."""
+        dropped = self.manifest["dropped"]["documents"]
+        said = [f"{dropped:,} documents shorter than min_tokens dropped"] if dropped else []
+        said += [f"{self.skipped:,} bad documents skipped"] if self.skipped else []
+        return said + ([f"{self.overlap:.1%} of the test split's 50-token passages occur in the training split"] if self.overlap else [])
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, int64, shape [documents]."""
         return np.diff(self.offsets)

@@ -121,14 +121,15 @@ class _TokenFile:
         return np.fromfile(self.file, self.dtype, end - first, offset=first * self.dtype.itemsize)
 
 # %% ../../nbs/text/tokens.ipynb #975349e6
-def _write_store(folder: Path, corpus: Corpus, tokenizer: str | Path, parameters: dict, source: dict, key: str) -> dict:
+def _write_store(folder: Path, corpus: Corpus, tokenizer: str | Path, parameters: dict, source: dict, key: str, empty_splits: bool) -> dict:
     """Write all files of a store into a folder; returns the manifest."""
     size, (name, identity) = bpe_size(tokenizer), tokenizer_identity(tokenizer)
     loaded = _trained_tokenizer(folder / "tokenizer", corpus, size, parameters) if size else load_tokenizer(tokenizer)
     (lengths, sizes, hashes), counts = _write_tokens(folder, corpus, loaded, parameters)
     split = split_of(hashes, parameters["split_fractions"])
     splits = _write_splits(folder, lengths, sizes, split)
-    _refuse_empty_splits(splits, counts["dropped"], hashes, corpus, parameters["min_tokens"])
+    if not empty_splits:
+        _refuse_empty_splits(splits, counts["dropped"], hashes, corpus, parameters["min_tokens"])
     names = (*FILES, *(BPE_FILES if size else ()))
     manifest = {
         "format": FORMAT, "source": source, "key": key, **counts, "splits": splits, "parameters": parameters,
@@ -141,7 +142,7 @@ def _write_store(folder: Path, corpus: Corpus, tokenizer: str | Path, parameters
     return manifest
 
 # %% ../../nbs/text/tokens.ipynb #2c25dbb0
-def _build(folder: Path, corpus: Corpus, tokenizer: str | Path, parameters: dict, source: dict, key: str) -> None:
+def _build(folder: Path, corpus: Corpus, tokenizer: str | Path, parameters: dict, source: dict, key: str, empty_splits: bool = False) -> None:
     """Write a store under a temporary name and rename it; nothing is left behind on failure."""
     for leftover in folder.parent.glob(f".{folder.name}.*.partial"):  # of a killed process: we hold the lock
         shutil.rmtree(leftover)
@@ -149,7 +150,7 @@ def _build(folder: Path, corpus: Corpus, tokenizer: str | Path, parameters: dict
     partial.mkdir()
     try:
         started = time.perf_counter()
-        manifest = _write_store(partial, corpus, tokenizer, parameters, source, key)
+        manifest = _write_store(partial, corpus, tokenizer, parameters, source, key, empty_splits)
         if corpus.identify() != source:
             raise ValueError(f"corpus {corpus.name} was changed while it was read: start again")
         os.rename(partial, folder)
@@ -163,11 +164,7 @@ def _report(corpus: Corpus, manifest: dict, seconds: float) -> None:
     """Say what was read and what was left out, on standard error: standard output belongs to the commands' results."""
     parts = [*manifest["splits"].values(), manifest["dropped"]]
     documents, tokens, size = (sum(part[what] for part in parts) for what in ("documents", "tokens", "bytes"))
-    notes = [f"{manifest['dropped']['documents']:,} documents shorter than min_tokens dropped"] if manifest["dropped"]["documents"] else []
-    notes += [f"{manifest['skipped']:,} bad documents skipped"] if "skipped" in manifest else []
-    notes += [f"left out {corpus.note}"] if corpus.note else []
-    if share := manifest["overlap"]["test_50grams_in_train"]:
-        notes.append(f"{share:.1%} of the test split's 50-token passages occur in the training split")
+    notes = TokenStore(Path(), manifest, "").notes + ([f"left out {corpus.note}"] if corpus.note else [])
     print(f"{corpus.name} as {manifest['tokenizer']['name']}: {documents:,} documents, {size / 1e6:.1f} MB, {tokens / 1e6:.2f} M tokens in {seconds:.1f} s "
           f"({size / 1e6 / seconds:.1f} MB/s, {tokens / 1e6 / seconds:.2f} M tokens/s){'; ' * bool(notes)}{'; '.join(notes)}", file=sys.stderr)
 
@@ -212,6 +209,7 @@ def token_store(
     split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
     skip_bad: float = 0.0,
     build: bool = True,
+    empty_splits: bool = False,
 ) -> TokenStore | KnownStore | None:
     """Token store of a corpus: the one that is there, or a new one.
 
@@ -225,6 +223,7 @@ def token_store(
         split_fractions: share of train, dev and test among the documents, in expectation.
         skip_bad: share of the documents that may be bad (empty, not UTF-8, ...) and are then skipped and counted; 0 refuses the first.
         build: whether to tokenise when the store is not there.
+        empty_splits: accept a text with no document for some split, for a use that reads all of it.
 
     Returns:
         The store. Without `build`: a `KnownStore` with the digest alone where the store was there once; None where it never was.
@@ -252,10 +251,12 @@ def token_store(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():  # another process may have built it while we waited
-                _build(folder, opened, tokenizer, parameters, source, key)
+                _build(folder, opened, tokenizer, parameters, source, key, empty_splits)
     store = open_store(folder, tokenizer)
     if store.manifest["key"] != key:
         raise ValueError(f"token store {folder} is one of other text or parameters, moved there: delete the folder to have it built again")
+    if not empty_splits:  # it may have been built for a use that accepts them
+        _refuse_empty_splits(store.manifest["splits"], store.manifest["dropped"], np.arange(len(store.split)), opened, min_tokens)
     for about in (request, f"token store with key {key}"):
         if recall(about) != (value := {"key": key, "digest": store.digest}):
             remember(about, value)

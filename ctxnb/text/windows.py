@@ -121,6 +121,27 @@ class Windows:
     def __len__(self) -> int:
         return int(self._end[-1])
 
+    def _crops(self, n: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Piece of each window of a step, and where in it the window begins."""
+        crop = np.random.default_rng([seed, 1, step]).integers(len(self), size=n)
+        piece = np.searchsorted(self._end, crop, side="right")
+        from_end = self._end[piece] - crop  # 1 .. number of crops in the piece
+        return piece, self.data.lengths[piece] - self.context_length - from_end
+
+    def starts(self, n: int, seed: int, step: int) -> np.ndarray:
+        """Where the windows of `draw` begin in the stream of all pieces, one token before each.
+
+        Args:
+            n: number of windows.
+            seed: seed of the run.
+            step: number of the step, from 0.
+
+        Returns:
+            int64 array [n], see `ctxnb.text.packing.Stream`.
+        """
+        piece, within = self._crops(n, seed, step)
+        return np.cumsum(self.data.lengths + 1)[piece] - self.data.lengths[piece] + within
+
     def draw(self, n: int, seed: int, step: int) -> np.ndarray:
         """Windows of one step.
 
@@ -132,10 +153,8 @@ class Windows:
         Returns:
             int64 array [n, l + 1] of token ids.
         """
-        crop = np.random.default_rng([seed, 1, step]).integers(len(self), size=n)
-        piece = np.searchsorted(self._end, crop, side="right")
-        from_end = self._end[piece] - crop  # 1 .. number of crops in the piece
-        start = self.data.starts[piece] + self.data.lengths[piece] - self.context_length - from_end
+        piece, within = self._crops(n, seed, step)
+        start = self.data.starts[piece] + within
         return self.data.tokens[start[:, None] + np.arange(self.context_length + 1)].astype(np.int64)
 
 # %% ../../nbs/text/windows.ipynb #028462b6

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..paths import data_dir, write_atomic
+from ..paths import data_dir, shipped, write_atomic
 from ..published import read_published
 
 # %% auto #0
@@ -215,7 +215,10 @@ def read_tasks(path: Path | str) -> TaskSet:
         pairs = read_published(path.parent / pairs)[["farther_bit", "nearer_bit"]].to_numpy().tolist()
     if not isinstance(pairs, list) or not all(isinstance(pair, list) for pair in pairs):
         raise ValueError(f"task file {path}: tasks = {pairs!r}: expected a list of pairs or the name of a CSV file")
-    return TaskSet(pairs=pairs, **content)
+    try:
+        return TaskSet(pairs=pairs, **content)
+    except (TypeError, ValueError) as error:  # such as null where a list is expected
+        raise ValueError(f"task file {path}: {error}") from error
 
 
 def write_tasks(tasks: TaskSet, path: Path | str) -> Path:
@@ -250,11 +253,12 @@ def task_set(tasks: str, build: bool = False) -> TaskSet:
     """
     if tasks.endswith(".json"):
         return read_tasks(tasks)
-    folder = data_dir() / "tasks"
-    if not (folder / f"{tasks}.json").is_file():
-        known = sorted(path.stem for path in folder.glob("*.json"))
-        raise FileNotFoundError(f"no task set {tasks!r} in {folder}: known are {', '.join(known)}, or the path of a .json file")
-    return read_tasks(folder / f"{tasks}.json")
+    folders = [data_dir() / "tasks", shipped("data/tasks")]
+    for folder in folders:
+        if (folder / f"{tasks}.json").is_file():
+            return read_tasks(folder / f"{tasks}.json")
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
+    raise FileNotFoundError(f"no task set {tasks!r} in {folders[0]}: known are {', '.join(known)}, or the path of a .json file")
 
 # %% ../../nbs/text/xor_tasks.ipynb #7f2251f4
 def equal_tasks(name: str, bits: int, n_tasks: int, gamma: float, start: int, seed: int = 0) -> TaskSet:
