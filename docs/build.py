@@ -302,7 +302,8 @@ def prepare() -> dict[str, str]:
         fresh = {name: tables[table.stem] for name, table in committed.items() if table.stem in tables}
         nb = for_readers(read_notebook(on_fresh_tables(path, fresh, code) if fresh else path), chapter=bool(committed) or page in chapters)
         shows |= {run: page for table in fresh.values() for run in find_runs([table]) if run not in shows}
-        subtitles[page] = " ".join(re.findall(r"^> *(.*)", nb.cells[0].source, re.MULTILINE)) if nb.cells else ""
+        quoted = " ".join(re.findall(r"^> *(.*)", nb.cells[0].source, re.MULTILINE)) if nb.cells else ""
+        subtitles[page] = re.sub(r"\[([^]]*)\]\([^)]*\)|[*`]", r"\1", quoted)
         for line in note_provenance(nb, (committed | fresh).values()):
             print(f"site: stale or incomplete: {shown(path)}: {line}", flush=True)
         tidy_tables(nb, runs)

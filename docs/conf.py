@@ -190,7 +190,9 @@ def source_links_to_reference(app, env) -> None:
 
 
 def add_scripts(app, page, template, context, doctree) -> None:
-    """The script of the planner on a page that holds one, and the pages' subtitles for the results of a search."""
+    """The script of the planner on a page that holds one, and the pages' subtitles for the results of a search; a module's source has another title than its reference."""
+    if page.startswith("_modules/"):
+        context["title"] = f"Source of {context['title']}"
     if '<div class="planner">' in context.get("body", ""):
         app.add_js_file("planner.js")
     if page == "search":
