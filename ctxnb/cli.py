@@ -577,7 +577,7 @@ def _write_losses(table: Any, text: Any, output: Path, ending: str) -> str:
 
     from ctxnb.reports.measure import document_table, loss_table, losses_of, plot_losses
 
-    runs = table.sort_values("context_length")
+    runs = table.sort_values("context_length").assign(corpus=[Path(name).name for name in table.corpus])  # the figure names the text, not its folder
     losses, store = losses_of(runs), text.store
     rows, numbers = loss_table(runs, losses), np.unique(losses.document)
     sizes = [len(store.decode(store.document(int(i))).encode()) for i in numbers]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ctxnb.batch.grid import read_grid
+from ctxnb.experiments.conventions import convention_losses
 from ctxnb.experiments.losses import evaluate
 from ctxnb.experiments.measure import measure, measured_text
 from ctxnb.experiments.measure_pass import measure_windows
@@ -154,6 +155,25 @@ def test_the_packaged_model(tmp_path):
     wrong = read_config(text.source)
     with pytest.raises(ValueError, match="exceeds the 8,192 positions"):
         pretrained.check_context(wrong, 8193)
+
+
+@pytest.mark.slow
+def test_conventions_of_the_packaged_model():
+    """The first twenty targets of the committed table: each loss is the model's own, and a mask gives what a cut gives."""
+    text = measured_text("smollm2", "sotu")
+    model = load_model(text.source, device="cpu")
+    run = pd.read_parquet(ROOT / "data" / "results" / "conventions-standard.parquet").iloc[0]
+    targets = pd.DataFrame({"document": run.document[:20], "position": run.position[:20]})
+    pd.testing.assert_frame_equal(targets, draw_target_table(text.store, int(run.max_context), 1, int(run.documents), "all").head(20))
+    texts = [np.asarray(text.store.document(d)[: p + 1]).astype(np.int64) for d, p in targets.itertuples(index=False)]
+    bos, l = bos_of(model.config, text.tokenizer), int(run.context_length)
+    losses = {name: convention_losses(model, text.store, targets, l, name, int(run.max_context), l, bos) for name in ("truncate", "bos", "strided", "mask")}
+    own = {"truncate": [own_losses(model, ids[None, -l - 1 :])[0] for ids in texts],
+           "bos": [own_losses(model, np.append(bos, ids[-l - 1 :])[None])[0] for ids in texts],
+           "strided": [own_losses(model, ids[None, -v - 1 :])[0] for ids, v in zip(texts, losses["strided"][1])]}
+    own["mask"] = own["truncate"]
+    for name, expected in own.items():
+        assert np.abs(losses[name][0] - expected).max() < 1e-3, name
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):

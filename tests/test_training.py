@@ -16,16 +16,19 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from ctxnb.cli import main
 from ctxnb.experiments.loop import TrainingDiverged
 from ctxnb.experiments.losses import evaluate, next_token_losses
 from ctxnb.experiments.schema import CountSettings, FeatureSettings, SyntheticSettings, TrainSettings, check_text
 from ctxnb.experiments.train import CHECKPOINT, MODEL, train
 from ctxnb.models.gpt import gpt, gpt_config
+from ctxnb.paths import project_root
 from ctxnb.text.tokens import token_store
 from ctxnb.text.windows import Windows, draw_targets, micro_batches, subset, target_weights
 
@@ -457,3 +460,12 @@ def test_a_stopped_group_leaves_no_process_and_a_checkpoint(tmp_path, how):
 def test_what_fails_in_a_group_is_said(tmp_path):
     with pytest.raises(RuntimeError, match="process . of the group failed: .*TrainingDiverged: .*loss .* step .*learning rate"):
         train(folder=tmp_path, processes=2, **GROUP | {"candidates": [[0.0, 0.1, 1e30]], "epochs": [0.8]})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_noted_by_plan_and_refused_by_run_before_any_work(tmp_path):
+    arguments = [str(project_root() / "data/grids/quick/synthetic.toml"), "--only", "seed=0", "--only", "train_samples=2000", "--set", "device=cuda", "--runs-dir", str(tmp_path)]
+    planned, started = (CliRunner().invoke(main, [command, *arguments]) for command in ("plan", "run"))
+    assert planned.exit_code == 0 and "device = 'cuda': this machine shows no GPU" in planned.output
+    assert started.exit_code == 2 and "7 runs can't be computed on this machine" in started.output and "context_length=32 seed=0: device = 'cuda'" in started.output
+    assert not list(tmp_path.iterdir())

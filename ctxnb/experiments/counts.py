@@ -82,7 +82,7 @@ def _one_longer(shorter: _Grams, length: int, tokens: np.ndarray, depth: np.ndar
     # the context of an n-gram ends one token earlier; before the first token of all stands the empty context, 0
     return _Grams(key[first], np.diff(first, append=len(key)), shorter.ending_at[end[first] - 1], ending_at)
 
-
+# %% ../../nbs/experiments/counts.ipynb #97f53s1
 def _shares(
     count: np.ndarray, prefix: np.ndarray, contexts: int, gram: np.ndarray, context: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +111,7 @@ def _at(values: np.ndarray, number: np.ndarray) -> np.ndarray:
     """Values by number, 0 where the number is -1."""
     return np.append(values, 0)[number]  # -1 is the last
 
-
+# %% ../../nbs/experiments/counts.ipynb #97f53s2
 MODELS = ("kneser_ney", "absolute", "additive")
 
 
@@ -134,6 +134,15 @@ class Predictions:
     discount: np.ndarray
 
 
+def _check(tokens: np.ndarray, lengths: np.ndarray, windows: np.ndarray, vocab_size: int) -> None:
+    """Refuse pieces that are not those of the tokens, and ids out of range."""
+    if len(tokens) < 1 or lengths.min() < 1 or lengths.sum() != len(tokens):
+        raise ValueError(f"pieces of {lengths.sum():,} tokens in all for {len(tokens):,} tokens: expected as many, and no empty piece")
+    for name, ids in (("tokens", tokens), ("windows", windows)):
+        if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+            raise ValueError(f"{name} hold ids from {ids.min()} to {ids.max()}: expected 0 to {vocab_size - 1}")
+
+# %% ../../nbs/experiments/counts.ipynb #36ac5d85
 def predict(tokens: np.ndarray, lengths: np.ndarray, windows: np.ndarray, vocab_size: int) -> Predictions:
     """Probabilities of targets by count models of every context length 0, ..., L, in one pass.
 
@@ -178,15 +187,6 @@ def predict(tokens: np.ndarray, lengths: np.ndarray, windows: np.ndarray, vocab_
         if l < L:
             context = longer.find(context, windows[:, L - 1 - l], vocab_size)
     return Predictions(*(np.stack(column) for column in zip(*rows)))
-
-
-def _check(tokens: np.ndarray, lengths: np.ndarray, windows: np.ndarray, vocab_size: int) -> None:
-    """Refuse pieces that are not those of the tokens, and ids out of range."""
-    if len(tokens) < 1 or lengths.min() < 1 or lengths.sum() != len(tokens):
-        raise ValueError(f"pieces of {lengths.sum():,} tokens in all for {len(tokens):,} tokens: expected as many, and no empty piece")
-    for name, ids in (("tokens", tokens), ("windows", windows)):
-        if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
-            raise ValueError(f"{name} hold ids from {ids.min()} to {ids.max()}: expected 0 to {vocab_size - 1}")
 
 # %% ../../nbs/experiments/counts.ipynb #77be7722
 def measure_counts(*, store: TokenStore | None = None, **settings) -> dict:

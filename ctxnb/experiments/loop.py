@@ -231,6 +231,23 @@ def add_losses(progress: Progress, losses: torch.Tensor, limit: float = math.inf
 _LOOK = 50  # steps between two looks at the training losses
 
 
+def _note(progress: Progress, train_loss: float, measure, weights, stop) -> None:
+    """Measure the dev loss: history, best weights, early stopping."""
+    started = time.perf_counter()
+    dev_loss = measure()
+    progress.eval_seconds += time.perf_counter() - started
+    if not math.isfinite(dev_loss):
+        raise TrainingDiverged(f"dev loss is {dev_loss} after step {progress.step:,}")
+    progress.history.append([progress.step, train_loss, dev_loss])
+    progress.loss_sum, progress.loss_steps = 0.0, 0
+    if dev_loss < progress.best_loss:
+        progress.best_loss, progress.best_step = dev_loss, progress.step
+        progress.best_weights = copy_state(weights()) if weights else {}
+    progress.stopped = stop(progress)
+    log.info("step %d: dev %.4f%s", progress.step, dev_loss, ", stopping" if progress.stopped else "",
+             extra={"metrics": {"step": progress.step, "train_loss": train_loss, "dev_loss": dev_loss}})
+
+# %% ../../nbs/experiments/loop.ipynb #adaccs1
 def fit(
     progress: Progress,
     update: Callable[[int], torch.Tensor],
@@ -288,23 +305,6 @@ def fit(
             started = time.perf_counter()
     bar.close()
     return progress.loss_sum / progress.loss_steps if progress.loss_steps else math.nan
-
-
-def _note(progress: Progress, train_loss: float, measure, weights, stop) -> None:
-    """Measure the dev loss: history, best weights, early stopping."""
-    started = time.perf_counter()
-    dev_loss = measure()
-    progress.eval_seconds += time.perf_counter() - started
-    if not math.isfinite(dev_loss):
-        raise TrainingDiverged(f"dev loss is {dev_loss} after step {progress.step:,}")
-    progress.history.append([progress.step, train_loss, dev_loss])
-    progress.loss_sum, progress.loss_steps = 0.0, 0
-    if dev_loss < progress.best_loss:
-        progress.best_loss, progress.best_step = dev_loss, progress.step
-        progress.best_weights = copy_state(weights()) if weights else {}
-    progress.stopped = stop(progress)
-    log.info("step %d: dev %.4f%s", progress.step, dev_loss, ", stopping" if progress.stopped else "",
-             extra={"metrics": {"step": progress.step, "train_loss": train_loss, "dev_loss": dev_loss}})
 
 # %% ../../nbs/experiments/loop.ipynb #5e05c5dc
 def out_of_patience(progress: Progress, patience: int) -> bool:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ctxnb.text.tokens import TokenStore
 
 # %% auto #0
-__all__ = ['setting', 'check_settings', 'TrainSettings', 'paired_error', 'check_text', 'SyntheticSettings', 'FeatureSettings',
-           'CountSettings', 'column', 'TrainResult', 'about']
+__all__ = ['setting', 'check_settings', 'TextSettings', 'check_device', 'StepSettings', 'TrainSettings', 'paired_error',
+           'check_text', 'SyntheticSettings', 'FeatureSettings', 'CountSettings', 'column', 'TrainResult', 'about']
 
 # %% ../../nbs/experiments/schema.ipynb #20acb959
 def setting(default: Any, about: str, low: float = -math.inf, high: float = math.inf, choices: tuple[str, ...] = ()) -> Any:
@@ -71,10 +71,10 @@ def check_settings(settings: Any) -> None:
     for part in fields(settings):
         _check_value(part.name, getattr(settings, part.name), str(part.type), part.metadata)
 
-# %% ../../nbs/experiments/schema.ipynb #242feee4
+# %% ../../nbs/experiments/schema.ipynb #schtxt1
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """What defines a training run; each field carries its range and one line of text (`about`)."""
+class TextSettings:
+    """Which text, and how it is tokenised."""
 
     corpus: str = setting("sotu", "text: sotu, openwebtext, or the path of a .txt folder, a .jsonl or a .parquet")
     tokenizer: str = setting("bytes", "bytes, gpt2, bpe:V for a vocabulary of V trained on the training split, or a tokenizer folder")
@@ -83,6 +83,28 @@ class TrainSettings:
     start_from: float = setting(0.0, "where in openwebtext to start, percent of its documents", 0, 100)
     min_tokens: int = setting(1, "documents of fewer tokens are left out", 1)
     skip_bad: float = setting(0.0, "share of the documents that may be bad (empty, not UTF-8, ...) and are then skipped and counted", 0, 0.999)
+
+# %% ../../nbs/experiments/schema.ipynb #schdev1
+def check_device(device: str) -> None:
+    """Refuse a GPU that this machine does not show.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError: it is "cuda", and PyTorch sees no GPU.
+    """
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("device = 'cuda': this machine shows no GPU; expected auto or cpu, or a machine with one")
+
+# %% ../../nbs/experiments/schema.ipynb #schstep1
+@dataclass(frozen=True, kw_only=True)
+class StepSettings(TextSettings):
+    """Which text, which windows, which model, and what a weight update and a budget are."""
+
     context_length: int = setting(16, "visible tokens l before the target; the longest block trained on", 1)
     train_tokens: int = setting(20_000, "unique training tokens D", 2)
     seed: int = setting(0, "of the subset, the windows, the initial weights and dropout", 0)
@@ -103,26 +125,6 @@ class TrainSettings:
     candidates: list[list[float]] = setting([[0.0, 0.1, 0.004]], "recipes to choose from: [dropout, weight decay, learning rate] each", 0)
     finalists: int = setting(1, "candidates that may go on to the last budget, at least", 1)
     most_tokens: int = setting(0, "budgets of more training tokens (or targets, with targets_per_step) than this are left out, but not the first; 0: none is", 0)
-    warmup: float = setting(0.05, "share of the first budget's steps with a rising learning rate", 0, 0.9)
-    anneal: float = setting(0.2, "share of each budget's steps with a falling learning rate", 0.01, 1)
-    final_learning_rate: float = setting(0.02, "lowest, as a share of the highest", 0, 1)
-    average: float = setting(0.0, "decay per step of the exponential average of the weights while the rate falls; 0: none", 0, 0.99999)
-    beta1: float = setting(0.9, "AdamW's decay of the mean gradient", 0, 0.99999)
-    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", 0, 0.99999)
-    clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
-    dev_targets: int = setting(32, "evaluation targets per document of the dev split", 1)
-    test_targets: int = setting(128, "evaluation targets per document of the test split", 1)
-    train_targets: int = setting(1000, "targets in the training subset on which the loss is measured against visible context", 1)
-    targets_seed: int = setting(0, "of the evaluation targets; runs to be compared share it", 0)
-    device: str = setting("auto", "cpu, cuda, or auto for a GPU where there is one", choices=("auto", "cpu", "cuda"))
-    precision: str = setting("auto", "arithmetic of training: float32, bfloat16, or auto for the faster one as measured",
-                             choices=("auto", "float32", "bfloat16"))
-    micro_tokens: int = setting(16_384, "tokens that go through the model at once", 1)
-    processes: int = setting(1, "processes that share the windows of a step; 0: one for each GPU that the run sees", 0)
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        _check_train(self)
 
     @property
     def budgets(self) -> list[int]:
@@ -139,10 +141,6 @@ class TrainSettings:
             lengths.append(lengths[-1] // 2)
         return lengths
 
-    def check(self, store: TokenStore | None) -> list[str]:
-        """Check the settings against the text they name, which a plan calls; see `check_text`. None: the grid names no text to look at."""
-        return check_text(self, store) if store is not None else []
-
     def block_targets(self, length: int) -> int:
         """Targets in a block: all of its positions, the last quarter, or the last one.
 
@@ -153,6 +151,39 @@ class TrainSettings:
             A number from 1 to `length`.
         """
         return {"all": length, "tail": -(-length // 4), "last": 1}[self.objective]
+
+# %% ../../nbs/experiments/schema.ipynb #242feee4
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(StepSettings):
+    """What defines a training run; each field carries its range and one line of text (`about`)."""
+
+    warmup: float = setting(0.05, "share of the first budget's steps with a rising learning rate", 0, 0.9)
+    anneal: float = setting(0.2, "share of each budget's steps with a falling learning rate", 0.01, 1)
+    final_learning_rate: float = setting(0.02, "lowest, as a share of the highest", 0, 1)
+    average: float = setting(0.0, "decay per step of the exponential average of the weights while the rate falls; 0: none", 0, 0.99999)
+    beta1: float = setting(0.9, "AdamW's decay of the mean gradient", 0, 0.99999)
+    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", 0, 0.99999)
+    clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
+    dev_targets: int = setting(32, "evaluation targets per document of the dev split", 1)
+    test_targets: int = setting(128, "evaluation targets per document of the test split", 1)
+    train_targets: int = setting(1000, "targets in the training subset on which the loss is measured against visible context", 1)
+    targets_seed: int = setting(0, "of the evaluation targets; runs to be compared share it", 0)
+    device: str = setting("auto", "cpu, cuda, or auto for a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    precision: str = setting("auto", "arithmetic of training: float32, bfloat16, or auto for the faster one as measured",
+                             choices=("auto", "float32", "bfloat16"))
+    micro_tokens: int = setting(16_384, "tokens that go through the model at once", 1)
+    processes: int = setting(1, "processes that share the windows of a step; 0: one for each GPU that the run sees", 0)
+    def __post_init__(self) -> None:
+        check_settings(self)
+        _check_train(self)
+
+    def check(self, store: TokenStore | None) -> list[str]:
+        """Check the settings against the text they name, which a plan calls; see `check_text`. None: the grid names no text to look at."""
+        return check_text(self, store) if store is not None else []
+
+    def check_here(self) -> None:
+        """Refuse what this machine cannot compute; see `check_device`."""
+        check_device(self.device)
 
     def step_windows(self, length: int) -> int:
         """Windows in a weight update when blocks have a certain length.
@@ -297,6 +328,10 @@ class SyntheticSettings:
         if self.max_masked >= self.context_length:
             raise ValueError(f"max_masked = {self.max_masked}: expected less than context_length = {self.context_length}")
 
+    def check_here(self) -> None:
+        """Refuse what this machine cannot compute; see `check_device`."""
+        check_device(self.device)
+
     @property
     def steps_per_epoch(self) -> int:
         """Updates in one pass over D."""
@@ -307,7 +342,7 @@ class SyntheticSettings:
         """Updates at most."""
         return max(self.min_steps, self.epochs * self.steps_per_epoch)
 
-
+# %% ../../nbs/experiments/schema.ipynb #schfeat1
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings(SyntheticSettings):
     """What defines a synthetic run whose middle features are measured afterwards."""
@@ -321,16 +356,9 @@ class FeatureSettings(SyntheticSettings):
 
 # %% ../../nbs/experiments/schema.ipynb #d95779e1
 @dataclass(frozen=True, kw_only=True)
-class CountSettings:
+class CountSettings(TextSettings):
     """What defines a run of count models; each field carries its range and one line of text (`about`)."""
 
-    corpus: str = setting("sotu", "text: sotu, openwebtext, or the path of a .txt folder, a .jsonl or a .parquet")
-    tokenizer: str = setting("bytes", "bytes, gpt2, bpe:V for a vocabulary of V trained on the training split, or a tokenizer folder")
-    text_column: str = setting("text", "column of the text in a .jsonl or .parquet")
-    percent: float = setting(100.0, "how much of openwebtext, percent of its documents", 0, 100)
-    start_from: float = setting(0.0, "where in openwebtext to start, percent of its documents", 0, 100)
-    min_tokens: int = setting(1, "documents of fewer tokens are left out", 1)
-    skip_bad: float = setting(0.0, "share of the documents that may be bad (empty, not UTF-8, ...) and are then skipped and counted", 0, 0.999)
     train_tokens: int = setting(20_000, "unique training tokens D", 2)
     seed: int = setting(0, "of the subset", 0)
     context_lengths: list[int] = setting([0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24], "visible tokens before the target, ascending", 0)
@@ -354,7 +382,7 @@ class CountSettings:
             draw_targets(store, "test", self.max_context, self.test_targets, self.targets_seed)
         return []
 
-# %% ../../nbs/experiments/schema.ipynb #08461c3e
+# %% ../../nbs/experiments/schema.ipynb #schcol1
 def column(about: str) -> Any:
     """Field of a result dataclass with its line of text.
 
@@ -366,7 +394,7 @@ def column(about: str) -> Any:
     """
     return field(metadata={"about": about})
 
-
+# %% ../../nbs/experiments/schema.ipynb #08461c3e
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
     """What a training run gives back; each field carries its line of text (`about`)."""
@@ -417,7 +445,7 @@ class TrainResult:
     hardware_used: str = column("cpu, or the name of the GPU")
     group_size: int = column("processes that shared each step")
 
-
+# %% ../../nbs/experiments/schema.ipynb #schab1
 def about(record: type) -> pd.DataFrame:
     """Table of a settings or result dataclass.
 

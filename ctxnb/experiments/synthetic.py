@@ -27,7 +27,7 @@ from ..text.xor_tasks import TaskSet, task_set
 
 # %% auto #0
 __all__ = ['PLATEAU', 'CHECKPOINT', 'MODEL', 'Evaluation', 'logits_of', 'evaluate', 'BitData', 'visible_bits', 'epoch_order',
-           'updater', 'on_plateau', 'patience_of', 'model_of', 'save_model', 'load_model', 'train', 'dev_measure',
+           'updater', 'on_plateau', 'patience_of', 'model_of', 'save_model', 'load_model', 'dev_measure', 'train',
            'result_of']
 
 # %% ../../nbs/experiments/synthetic.ipynb #b1eb2815
@@ -70,7 +70,7 @@ def logits_of(model: nn.Module, bits: torch.Tensor, task: torch.Tensor, rows: in
     """
     return torch.cat([model(b, t.long()) for b, t in zip(bits.split(rows), task.split(rows))])
 
-
+# %% ../../nbs/experiments/synthetic.ipynb #b1eb2s1
 def evaluate(model: nn.Module, samples: Samples, tasks: TaskSet, context_length: int, visible: int | None = None) -> Evaluation:
     """Losses and directly measured approximation loss of a model.
 
@@ -275,6 +275,35 @@ def load_model(folder: Path | str) -> tuple[nn.Module, SyntheticSettings]:
     return model, s
 
 # %% ../../nbs/experiments/synthetic.ipynb #b40c4e0d
+def dev_measure(
+    s: SyntheticSettings, samples: Samples, tasks: TaskSet, model: nn.Module, device: torch.device
+) -> tuple[Callable[[], float], float]:
+    """Function that measures the dev loss, and the lowest value that it can have.
+
+    Args:
+        s: settings of the run.
+        samples: dev samples.
+        tasks: task set.
+        model: the model, measured as it is when the function is called.
+        device: where it computes.
+
+    Returns:
+        (function to nats per label, exact risk of the dev samples' contexts in nats).
+    """
+    dev, visible = BitData(samples, s, device), visible_bits(s, s.dev_samples, 0)
+    floor = float(tasks.bayes_risk(s.context_length if visible is None else visible.numpy()).mean())
+    if visible is not None:
+        dev.bits = mask_beyond(dev.bits, visible.to(device))
+
+    def dev_loss() -> float:
+        torch.set_float32_matmul_precision("highest")
+        loss = F.binary_cross_entropy_with_logits(logits_of(model, dev.bits, dev.task), dev.label).item()
+        torch.set_float32_matmul_precision(s.matmul_precision)
+        return loss
+
+    return dev_loss, floor
+
+# %% ../../nbs/experiments/synthetic.ipynb #b40c4s1
 def train(*, folder: Path | str, checkpoint_seconds: float = 30.0, **settings) -> dict:
     """Train one model and measure it; a killed run resumes from its last checkpoint when called again.
 
@@ -321,35 +350,6 @@ def train(*, folder: Path | str, checkpoint_seconds: float = 30.0, **settings) -
     save_model(folder, s, model)
     checkpoint.remove()
     return result_of(s, tasks, model, progress, final, floor, device)
-
-
-def dev_measure(
-    s: SyntheticSettings, samples: Samples, tasks: TaskSet, model: nn.Module, device: torch.device
-) -> tuple[Callable[[], float], float]:
-    """Function that measures the dev loss, and the lowest value that it can have.
-
-    Args:
-        s: settings of the run.
-        samples: dev samples.
-        tasks: task set.
-        model: the model, measured as it is when the function is called.
-        device: where it computes.
-
-    Returns:
-        (function to nats per label, exact risk of the dev samples' contexts in nats).
-    """
-    dev, visible = BitData(samples, s, device), visible_bits(s, s.dev_samples, 0)
-    floor = float(tasks.bayes_risk(s.context_length if visible is None else visible.numpy()).mean())
-    if visible is not None:
-        dev.bits = mask_beyond(dev.bits, visible.to(device))
-
-    def dev_loss() -> float:
-        torch.set_float32_matmul_precision("highest")
-        loss = F.binary_cross_entropy_with_logits(logits_of(model, dev.bits, dev.task), dev.label).item()
-        torch.set_float32_matmul_precision(s.matmul_precision)
-        return loss
-
-    return dev_loss, floor
 
 # %% ../../nbs/experiments/synthetic.ipynb #d0e2e7c8
 def result_of(

@@ -23,7 +23,7 @@ from ..stats.spectrum import StreamingCovariance, dimension_by_threshold, gaussi
 
 # %% auto #0
 __all__ = ['NEIGHBOUR_SAMPLES', 'LEADING', 'RIVAL_POWERS', 'middle_features', 'feature_measures', 'feature_report', 'line_r2',
-           'held_out_error', 'compare_measures', 'spectrum_measures', 'dimension_by_threshold_rows']
+           'held_out_error', 'compare_measures', 'dimension_by_threshold_rows', 'spectrum_measures']
 
 # %% ../../nbs/experiments/synthetic_features.ipynb #05c653a3
 @torch.no_grad()
@@ -54,6 +54,8 @@ def middle_features(model: nn.Module, samples: Samples, context_length: int, vis
 
 # %% ../../nbs/experiments/synthetic_features.ipynb #d6bae3c4
 NEIGHBOUR_SAMPLES = 2000
+
+
 LEADING = 10
 
 
@@ -86,7 +88,7 @@ def feature_measures(features: torch.Tensor | np.ndarray) -> dict[str, float | N
         "kde_entropy": near_by["kde_entropy"], "knn_entropy": near_by["knn_entropy"],
     }  # fmt: skip
 
-
+# %% ../../nbs/experiments/synthetic_features.ipynb #d6baes1
 def feature_report(folder: Path | str, visible: Sequence[int], n_samples: int = 8000) -> dict[str, list]:
     """Losses and features of a trained run at several visible lengths, on the same test samples.
 
@@ -156,7 +158,7 @@ def held_out_error(x: np.ndarray, y: np.ndarray) -> float:
         errors.append(level + slope * x[i] - y[i])
     return float(np.sqrt(np.mean(np.square(errors))))
 
-
+# %% ../../nbs/experiments/synthetic_features.ipynb #ddcecs1
 def compare_measures(l: np.ndarray, loss: np.ndarray, measures: dict[str, np.ndarray]) -> pd.DataFrame:
     """How well each measure predicts a loss by a line, beside rivals that know only the context length.
 
@@ -185,6 +187,19 @@ def compare_measures(l: np.ndarray, loss: np.ndarray, measures: dict[str, np.nda
                      "rank_r": float(np.corrcoef(rankdata(x), rankdata(y))[0, 1]) if enough and np.ptp(x) else np.nan, "rival": name in rivals})
     return pd.DataFrame(rows).set_index("measure").sort_values("held_out_rms")
 
+# %% ../../nbs/experiments/synthetic_features.ipynb #ddcecs2
+def dimension_by_threshold_rows(eigenvalues: np.ndarray, threshold: float) -> np.ndarray:
+    """Dimension count of each of several spectra.
+
+    Args:
+        eigenvalues: [n, d].
+        threshold: of the relative eigenvalue.
+
+    Returns:
+        int64 [n].
+    """
+    return np.array([dimension_by_threshold(row, threshold) for row in eigenvalues])
+
 
 def spectrum_measures(eigenvalues: np.ndarray, thresholds: Sequence[float], terms: Sequence[int]) -> dict[str, np.ndarray]:
     """Dimension counts and sums of log eigenvalues of several spectra.
@@ -202,16 +217,3 @@ def spectrum_measures(eigenvalues: np.ndarray, thresholds: Sequence[float], term
     counts = {f"count > {t:g}": dimension_by_threshold_rows(eigenvalues, t).astype(float) for t in thresholds}
     sums = {f"sum of {N} logs": np.array([log_eigenvalue_sum(e, N) if N <= r else np.nan for e, r in zip(eigenvalues, rank)]) for N in terms}
     return counts | sums
-
-
-def dimension_by_threshold_rows(eigenvalues: np.ndarray, threshold: float) -> np.ndarray:
-    """Dimension count of each of several spectra.
-
-    Args:
-        eigenvalues: [n, d].
-        threshold: of the relative eigenvalue.
-
-    Returns:
-        int64 [n].
-    """
-    return np.array([dimension_by_threshold(row, threshold) for row in eigenvalues])

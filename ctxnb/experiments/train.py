@@ -42,7 +42,7 @@ log = logging.getLogger("ctxnb")
 # %% auto #0
 __all__ = ['log', 'CHECKPOINT', 'MODEL', 'Text', 'read_text', 'step_windows', 'visible_context', 'usable_share', 'adamw',
            'BlockLoss', 'update', 'record', 'ResidualDropout', 'bfloat16_gain', 'Search', 'Job', 'run_leg', 'run_trial',
-           'search', 'measure', 'describe', 'peak_memory_mb', 'save_model', 'compile_blocks', 'processes_of', 'train']
+           'search', 'measure', 'peak_memory_mb', 'describe', 'save_model', 'compile_blocks', 'processes_of', 'train']
 
 # %% ../../nbs/experiments/train.ipynb #1004f483
 class Text(NamedTuple):
@@ -92,7 +92,7 @@ def read_text(s: TrainSettings, store: TokenStore | None = None) -> Text:
     train = draw_training_targets(store, data, s.max_context, s.train_targets, s.targets_seed)
     return Text(store, data, windows, dev, test, train)
 
-
+# %% ../../nbs/experiments/train.ipynb #1004fs1
 def step_windows(s: TrainSettings, text: Text, step: int, stream: Stream | None = None) -> np.ndarray | torch.Tensor:
     """Windows of one weight update, a function of the seed and the step number.
 
@@ -298,6 +298,8 @@ def bfloat16_gain(model: PreTrainedModel, s: TrainSettings, ids: torch.Tensor, p
 
 # %% ../../nbs/experiments/train.ipynb #341f7b69
 CHECKPOINT = "checkpoint.pt"
+
+
 MODEL = "model"
 
 
@@ -335,7 +337,7 @@ class Search:
         """Dev losses of a candidate's finished branches, shortest budget first."""
         return [trial["dev_loss"] for trial in self.trials if trial["candidate"] == candidate]
 
-
+# %% ../../nbs/experiments/train.ipynb #341f7s1
 @dataclass
 class Job:
     """A run in one process: settings, text, model, what it found so far, and whether passes are recorded as CUDA graphs."""
@@ -535,7 +537,22 @@ def measure(job: Job) -> dict:
         "document_targets": final.document_targets.tolist(),
     }
 
+# %% ../../nbs/experiments/train.ipynb #3522bs1
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far: of the GPU's tensors, or of this process.
 
+    Args:
+        device: where it was computed.
+
+    Returns:
+        MiB.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20 if sys.platform == "darwin" else kib / 2**10  # bytes there, KiB elsewhere
+
+# %% ../../nbs/experiments/train.ipynb #20e62bf7
 def describe(job: Job) -> dict:
     """What was trained on, how it was chosen, and what it cost.
 
@@ -584,21 +601,6 @@ def describe(job: Job) -> dict:
         "hardware_used": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu",
         "group_size": world_size(),
     }
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory so far: of the GPU's tensors, or of this process.
-
-    Args:
-        device: where it was computed.
-
-    Returns:
-        MiB.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / 2**20 if sys.platform == "darwin" else kib / 2**10  # bytes there, KiB elsewhere
 
 # %% ../../nbs/experiments/train.ipynb #58f45ab4
 def save_model(folder: Path, model: PreTrainedModel, store: TokenStore) -> None:
@@ -712,7 +714,7 @@ def _train(
 
     return on_rank0(report)
 
-
+# %% ../../nbs/experiments/train.ipynb #b82b6s1
 def train(
     *,
     folder: Path | str,

@@ -107,7 +107,7 @@ def valley(runs: pd.DataFrame, lengths: Sequence[int] | None = None) -> pd.DataF
 
     Returns:
         A row per data size and recipe that has the longest length and another, best recipe last: `best` (length), `loss` (its nats), `depth` with `low` and `high`
-        (95 %, over documents and, where there are several, seeds), `rises` (the interval is above 0), `lengths`, `seeds`.
+        (95 %, over documents and, where there are several, seeds), `rises` (the interval is above 0), `not_worse` (lengths not measurably worse than the best), `lengths`, `seeds`.
     """
     longest, rows = runs.context_length.max(), []
     for (size, name), part in runs.groupby(["train_tokens", "recipe_name"]):
@@ -117,7 +117,7 @@ def valley(runs: pd.DataFrame, lengths: Sequence[int] | None = None) -> pd.DataF
         (curve,) = measured_curves(part)
         last = curve.excess().iloc[-1]
         rows.append({"train_tokens": size, "recipe_name": name, "best": curve.best, "loss": curve.loss.min(), "depth": last.excess, "low": last.low, "high": last.high,
-                     "rises": bool(last.worse), "lengths": curve.context_length.tolist(), "seeds": curve.seeds})
+                     "rises": bool(last.worse), "not_worse": [int(l) for l, row in curve.excess().iterrows() if not row.worse], "lengths": curve.context_length.tolist(), "seeds": curve.seeds})
     return pd.DataFrame(rows).sort_values(["train_tokens", "loss"], ascending=[True, False]).set_index(["train_tokens", "recipe_name"])
 
 # %% ../../nbs/reports/recipes.ipynb #rcplot

@@ -227,7 +227,7 @@ def mark_minimum(axis: plt.Axes, length: int, loss: float, colour: tuple, bracke
     look = dict(marker="*", s=170, color=colour) if bracketed else dict(marker="o", s=90, facecolor="none", edgecolor=colour, linewidth=1.5)
     axis.scatter(length, loss, zorder=3, **look)
 
-
+# %% ../../nbs/reports/tables.ipynb #2e08as1
 def plot_curves(curves: Sequence[Curve], unit: str = "token") -> Figure:
     """Loss against context length and the paired difference to the best length, a colour per data size.
 

@@ -8,7 +8,7 @@ __all__ = ['plot_two_views', 'plot_positions', 'shorter', 'plot_shorter', 'paire
            'data_exponents']
 
 # %% ../../nbs/reports/train.ipynb #9ff5fa42
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -55,14 +55,19 @@ def plot_two_views(
     return figure
 
 # %% ../../nbs/reports/train.ipynb #f3d34e3b
-def _panels(sizes: list[int], unit: str) -> tuple[Figure, np.ndarray]:
-    """A row of panels on one scale of loss, one per data size."""
+def _panels(table: pd.DataFrame, unit: str, draw: Callable[[plt.Axes, int], None], ticks: Sequence[int], label: str, legend: str | None = "trained with l") -> Figure:
+    """A row of panels on one scale of loss, one per data size; `draw` fills an axis for a size."""
+    sizes = sorted(table.train_tokens.unique())
     figure, axes = plt.subplots(1, len(sizes), figsize=(2.7 * len(sizes) + 0.8, 3.4), sharey=True, squeeze=False)
     for axis, size in zip(axes[0], sizes):
+        draw(axis, size)
         axis.set_title(f"{size:,} training tokens", fontsize="medium")
+        context_axis(axis, np.asarray(ticks), label)
     axes[0, 0].set_ylabel(f"cross-entropy (nats per {unit})")
+    legend_beside(axes[0, -1], legend)
     sns.despine(figure)
-    return figure, axes[0]
+    figure.tight_layout()
+    return figure
 
 
 def plot_positions(
@@ -78,19 +83,16 @@ def plot_positions(
     Returns:
         The figure: means over seeds; the dot at the end of a line is the loss at exactly l visible tokens.
     """
-    sizes, lengths = sorted(table.train_tokens.unique()), sorted(table.context_length.unique())
+    lengths = sorted(table.context_length.unique())
     colours = context_colours(lengths)
-    figure, axes = _panels(sizes, unit)
-    for axis, size in zip(axes, sizes):
+
+    def draw(axis: plt.Axes, size: int) -> None:
         for length, rows in table[table.train_tokens == size].groupby("context_length"):
             mean = np.stack(rows.position_loss.to_numpy()).mean(0)
             axis.plot(np.arange(1, length + 1), mean, color=colours[length], label=str(length))
             axis.scatter([length], [mean[-1]], color=[colours[length]], s=18, zorder=3)
-        context_axis(axis, np.array(lengths))
-        axis.set_xlabel("position = visible tokens")
-    legend_beside(axes[-1], "trained with l")
-    figure.tight_layout()
-    return figure
+
+    return _panels(table, unit, draw, lengths, "position = visible tokens")
 
 # %% ../../nbs/reports/train.ipynb #e8184852
 def shorter(
@@ -127,21 +129,17 @@ def plot_shorter(
         The figure: means over seeds on the same targets; the dot at the end of a line is the model at its own length,
         and the dotted line joins these dots.
     """
-    long, sizes = shorter(table), sorted(table.train_tokens.unique())
-    colours = context_colours(sorted(table.context_length.unique()))
-    figure, axes = _panels(sizes, unit)
-    for axis, size in zip(axes, sizes):
+    long, colours = shorter(table), context_colours(sorted(table.context_length.unique()))
+
+    def draw(axis: plt.Axes, size: int) -> None:
         mean = long[long.train_tokens == size].groupby(["context_length", "visible"]).loss.mean()
         own = {length: mean[length, length] for length in colours}
         axis.plot(own.keys(), own.values(), color="0.3", ls=":", lw=1)
         for length, colour in colours.items():
             axis.plot(mean[length].index, mean[length], color=colour, label=str(length))
             axis.scatter([length], [own[length]], color=[colour], s=18, zorder=3)
-        context_axis(axis, np.sort(long.visible.unique())[::2])  # all of them would overlap in a small panel
-        axis.set_xlabel("visible tokens")
-    legend_beside(axes[-1], "trained with l")
-    figure.tight_layout()
-    return figure
+
+    return _panels(table, unit, draw, np.sort(long.visible.unique())[::2], "visible tokens")  # all ticks would overlap in a small panel
 
 # %% ../../nbs/reports/train.ipynb #79d02143
 def paired_interval(differences: np.ndarray, documents: np.ndarray | None = None, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
@@ -268,21 +266,23 @@ def plot_clamped(split: pd.DataFrame, visible: int, unit: str = "token") -> Figu
         The figure.
     """
     names = {"total": ("total", "0.3", "--"), "block": (f"block length, at {visible} visible", "C3", "-"), "context": ("context, in one model", "C0", "-")}
-    figure, axes = _panels(sorted(split.index.get_level_values(0).unique()), unit)
-    for axis, (_, rows) in zip(axes, split.groupby(level=0)):
-        rows = rows.droplevel(0)
+
+    def draw(axis: plt.Axes, size: int) -> None:
+        rows = split.loc[size]
         for k, (name, (label, colour, line)) in enumerate(names.items()):
             error = np.nan_to_num([rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]])
             axis.errorbar(rows.index * 2 ** (0.08 * (k - 1)), rows[name], error, color=colour, ls=line, marker="o", ms=3, lw=1, capsize=2, label=label)
         axis.axhline(0, color="0.6", lw=0.8)
-        context_axis(axis, rows.index, f"length trained with ({unit}s)")
-    axes[0].set_ylabel(f"difference to l = {visible} (nats per {unit})")
-    legend_beside(axes[-1])
-    figure.tight_layout()
+
+    lengths = sorted(split.index.get_level_values(1).unique())
+    figure = _panels(split.reset_index(), unit, draw, lengths, f"length trained with ({unit}s)", None)
+    figure.axes[0].set_ylabel(f"difference to l = {visible} (nats per {unit})")
     return figure
 
 # %% ../../nbs/reports/train.ipynb #111cdcbf
 _SHAPE = ("layers", "width", "parameters")
+
+
 _HISTORY = ("tokens_per_step", "history_step", "history_dev_loss", "stopped_early")
 
 
@@ -312,7 +312,7 @@ def token_flops(
     matrices = table.parameters - (2 * table.layers + 1) * table.width
     return (6 * matrices + 6 * table.layers * table.width * (table.context_length + 1)).to_numpy(float)
 
-
+# %% ../../nbs/reports/train.ipynb #111cds1
 def at_compute(
     table: pd.DataFrame,
     budgets: Sequence[float] | None = None,
@@ -417,7 +417,7 @@ def best_lengths(
     """
     return losses.dropna(how="all").idxmin(axis=1).unstack("train_tokens", sort=False).T.astype("Int64")
 
-
+# %% ../../nbs/reports/train.ipynb #bc82fs1
 def plot_matched(
     table: pd.DataFrame,
     unit: str = "token",
