@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 GRIDS = ("data/grids/standard/train.toml",)
 THERE = ("torch", "transformers", "numpy", "pandas", "pyarrow", "tiktoken", "tokenizers", "safetensors", "scipy", "scikit-learn", "matplotlib", "psutil")
-NEEDED = ("papermill", "execnb", "fastcore", "pebble", "nbformat", "filelock", "click", "tqdm", "pytest", "pytest-xdist", "accelerate")  # with all that they need in turn
+NEEDED = ("papermill", "execnb", "fastcore", "pebble", "nbformat", "filelock", "click", "tqdm", "pytest", "pytest-xdist")  # with all that they need in turn
+ALONE = ("accelerate",)  # what it needs is there, and would bring PyTorch's libraries along
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64")
 MOST_MB = 50
 
@@ -49,9 +50,9 @@ def fetch_wheels(folder: Path, python: str) -> None:
     lock = folder.with_name("constraints.txt")
     lock.write_text("".join(line for line in (ROOT / "requirements.lock").read_text().splitlines(keepends=True) if not line.startswith(("#", "torch="))))
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "-q", "-d", folder, "-c", lock, "--only-binary=:all:", "--python-version", python, *platforms, *NEEDED], check=True
-    )
+    download = [sys.executable, "-m", "pip", "download", "-q", "-d", folder, "-c", lock, "--only-binary=:all:", "--python-version", python, *platforms]
+    subprocess.run([*download, *NEEDED], check=True)
+    subprocess.run([*download, "--no-deps", *ALONE], check=True)
     lock.unlink()
     there = closure(THERE)
     for wheel in folder.glob("*.whl"):

@@ -6,6 +6,7 @@
 __all__ = ['main']
 
 # %% ../nbs/as_module.ipynb #08543030
+import signal
 import sys
 
 # %% ../nbs/as_module.ipynb #758ab27a
@@ -18,6 +19,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another ctrl-C while Python ends is no traceback either
 
 
 if __name__ == "__main__" and __package__:  # a notebook has that name too

@@ -685,6 +685,8 @@ def best(results: Path, clamped: int | None, tolerance: float) -> None:
 
     try:
         table = read_table(results, "runs")
+        for note in _lacking(table):
+            click.echo(f"  note: {note}", err=True)
         click.echo(headline(measured_curves(table), unit_of(table), tolerance))
         if clamped is not None:
             from ctxnb.reports import train
@@ -693,6 +695,20 @@ def best(results: Path, clamped: int | None, tolerance: float) -> None:
             click.echo("\n" + train.clamped_words(train.clamped(runs, clamped), clamped, unit_of(runs)))
     except (FileNotFoundError, ValueError) as error:
         raise click.UsageError(str(error)) from error
+
+# %% ../nbs/cli.ipynb #82e73cd9
+def _lacking(table) -> list[str]:
+    """What a table of runs has no run for, though it has of other sizes or seeds, in words; refuses a table of one context length."""
+    lengths, notes = set(table.context_length), []
+    if len(lengths) == 1:
+        raise ValueError(f"all runs have context_length {lengths.pop()}: expected at least two lengths to compare")
+    for size, rows in table.groupby("train_tokens"):
+        if lost := sorted(lengths - set(rows.context_length)):
+            notes.append(f"D = {size:,} has no run at l = {', '.join(map(str, lost))}, which other sizes have")
+        found = rows.groupby("seed").context_length.nunique()
+        if part := found.index[found < rows.context_length.nunique()].tolist():
+            notes.append(f"D = {size:,}: seeds {', '.join(map(str, part))} are left out, since they lack some of its context lengths")
+    return notes
 
 # %% ../nbs/cli.ipynb #7ea6d408
 @main.command()

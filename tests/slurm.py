@@ -1,7 +1,8 @@
 """A real Slurm on this machine, on the loopback interface only, for tests: `with Slurm(folder) as cluster: ...`.
 
 Debian's slurm-wlm and munge, started without systemd, Docker or an accounting database: one controller, one node
-with two cores and two GPUs (character devices that are none), a partition and an urgent one that preempts it.
+with two cores and two GPUs (character devices that are none), a partition, one whose preempted jobs are cancelled, and an urgent one that
+preempts both. An array holds at most five jobs of ours.
 Everything is stopped at the end, however the tests end.
 Needs root and the commands of `make test-system-deps`. Run as a script, `python tests/slurm.py COMMAND...` starts it, runs the command, and stops it.
 """
@@ -43,6 +44,7 @@ ReturnToService=2
 SlurmdTimeout=30
 KillWait=3
 MinJobAge=3600
+MaxArraySize=6
 JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/filetxt
 JobCompLoc={d}/log/jobcomp.txt
@@ -52,6 +54,7 @@ NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES DefaultTime=60 MaxTime=INFINITE PriorityTier=1 GraceTime=5
+PartitionName=volatile Nodes=ALL DefaultTime=60 PriorityTier=1 GraceTime=5 PreemptMode=CANCEL
 PartitionName=urgent Nodes=ALL DefaultTime=60 PriorityTier=10 PreemptMode=OFF
 """
 FREEZER = Path("/sys/fs/cgroup/freezer")

@@ -165,6 +165,19 @@ def test_a_killed_run_resumes(store, tmp_path):
     assert resumed == pytest.approx(whole, abs=1e-4)
 
 
+def test_a_checkpoint_of_another_device_begins_anew_with_a_note(store, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("ctxnb.experiments.loop.Checkpoint.remove", lambda self: None)
+    first = trained(store, tmp_path, DEVICE, checkpoint_seconds=0.0)
+    (file,) = tmp_path.glob("checkpoint*")
+    saved = torch.load(file, weights_only=True)
+    identity = json.loads(saved["identity"])
+    torch.save(saved | {"identity": json.dumps(identity | {"device": "cpu" if identity["device"] == "cuda" else "cuda"})}, file)
+    with caplog.at_level("WARNING", logger="ctxnb"):
+        again = trained(store, tmp_path, DEVICE)
+    assert again == pytest.approx(first, abs=1e-4)
+    assert "starting anew" in caplog.text and "device = " in caplog.text
+
+
 def test_two_runs_at_once_on_one_gpu(store, tmp_path):
     both = [start(store, tmp_path / name) for name in ("first", "second")]
     alone = trained(store, tmp_path / "alone", DEVICE)

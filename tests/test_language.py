@@ -172,6 +172,7 @@ datasets.config.STREAMING_READ_MAX_RETRIES = 1  # twenty by default: the same in
 from ctxnb.text.corpus import open_corpus
 time.sleep = lambda seconds: None  # neither our pauses nor those of the hub's client
 documents = list(open_corpus(sys.argv[1]))
+assert open_corpus(sys.argv[1]).identify()["revision"] == "a" * 40  # what its main branch is
 assert [name for name, _ in documents] == [str(i) for i in range(len(documents))]
 assert all(text.startswith(f"document {name} ") for name, text in documents)
 print(len(documents))
@@ -182,11 +183,11 @@ def test_any_data_set_of_a_hub_that_breaks(tmp_path):
     """Fourteen broken connections: its clients give up after twelve in a row, and the stream is opened again at the row it had reached."""
     rows = b"".join(json.dumps({"text": f"document {i} " + "word " * 200}).encode() + b"\n" for i in range(4000))
     server = Hub(rows, breaks=14)
-    reader = python(STREAM, "hf:owner/texts", HF_ENDPOINT=server.address, HF_HOME=tmp_path)
+    reader = python(STREAM, "hf:owner/texts", HF_ENDPOINT=server.address, HF_HOME=tmp_path, CTXNB_DATA=tmp_path / "data")
     out, err = reader.communicate(timeout=120)
     assert (reader.returncode, out, server.cut) == (0, "4000\n", 14), err
     assert "data set owner/texts broke at row" in err
-    reader = python(STREAM, "hf:owner/texts::validation", HF_ENDPOINT=server.address, HF_HOME=tmp_path)
+    reader = python(STREAM, "hf:owner/texts::validation", HF_ENDPOINT=server.address, HF_HOME=tmp_path, CTXNB_DATA=tmp_path / "data")
     out, err = reader.communicate(timeout=120)
     assert reader.returncode == 1 and "validation" in err.strip().splitlines()[-1]
     server.shutdown()
@@ -199,6 +200,7 @@ def test_openwebtext_through_the_same_stream(data, tmp_path, monkeypatch):
     local = {"data_files": str(tmp_path / "web.parquet"), "cache_dir": tmp_path / "cache"}
     stream = datasets.load_dataset("parquet", split="train", streaming=True, **local)
     asked = []
+    monkeypatch.setattr(hub, "at_commit", lambda dataset: dataset)
     monkeypatch.setattr(hub, "_reach", asked.append)
     monkeypatch.setattr(hub, "_open_dataset", lambda dataset: stream)
     monkeypatch.setattr(corpus, "OPENWEBTEXT_DOCUMENTS", 500)

@@ -4,6 +4,8 @@ Every case calls the command in this process, on a grid of a template that only 
 real runs is in test_batch.py and test_faults.py.
 """
 
+import csv
+import gzip
 import hashlib
 import json
 import os
@@ -46,7 +48,7 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path, self.grid, self.runs = path, path / "g.toml", path / "runs"
-        cells = [nbformat.v4.new_code_cell("corpus = 'text.txt'\nl = 8\nsizes = [1]", metadata={"tags": ["parameters"]}),
+        cells = [nbformat.v4.new_code_cell("corpus = 'text.txt'\nl = 8\nsizes = [1]\nskip_bad = 0.0", metadata={"tags": ["parameters"]}),
                  nbformat.v4.new_code_cell("from ctxnb.batch.record import record\nrecord({'loss': 1 / l})")]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), path / "w.ipynb")
         (path / "ctxnb_words.py").write_text(WORDS)
@@ -320,6 +322,54 @@ def test_any_status_and_result_are_looked_at(tmp_path_factory, status, result, p
         shown = folder.on_grid(command) if command != "logs" else folder("logs", run.id, "--runs-dir", folder.runs)
         assert shown.exit_code in (0, 1, 2, 3), shown.output
     shutil.rmtree(folder.runs)
+
+
+LINES = st.lists(st.one_of(st.binary(max_size=30), st.text(max_size=20).map(str.encode), st.text(max_size=20).map(lambda text: json.dumps({"text": text}).encode()),
+                           VALUES.map(lambda value: json.dumps({"text": value}).encode())), max_size=6)
+
+
+@settings(max_examples=325, **FUZZ)
+@given(lines=LINES, ending=st.sampled_from([".txt", ".jsonl", ".TXT", ".jsonl.gz", ".txt.zst", ".parquet", ".csv"]), folder_of=st.booleans(),
+       packed=st.booleans(), skip_bad=st.sampled_from([0.0, 0.5]))
+def test_any_corpus_is_read_or_refused(tmp_path_factory, lines, ending, folder_of, packed, skip_bad):
+    """`script` prepares the data and starts nothing."""
+    folder = fuzzed(tmp_path_factory)
+    shutil.rmtree(place := folder.path / "corpus", ignore_errors=True)
+    place.mkdir()
+    content = b"\n".join(lines)
+    (place / f"a{ending}").write_bytes(gzip.compress(content) if packed and ending.endswith(".gz") else content)
+    for number in range(20 if folder_of else 0):
+        (place / f"{number}.txt").write_text(f"document {number}")
+    corpus = f"corpus{'' if folder_of else f'/a{ending}'}"
+    folder.write(f'data = "ctxnb.text.tokens:token_store"\n[parameters]\ncorpus = "{corpus}"\nskip_bad = {skip_bad}\n[axes]\nl = [4, 8]')
+    shown = folder.on_grid("script")
+    assert shown.exit_code in (0, 2), shown.output
+    shutil.rmtree(folder.path / "data", ignore_errors=True)
+
+
+CELLS = st.one_of(st.integers(-2, 2**40), st.floats(), st.text(max_size=4), st.sampled_from(["", "4", "8", "16000", "0.5", "nan"]))
+WHOLE = ["context_length", "train_tokens", "seed", "loss", "l", "run", "document_loss"]
+HEADER = st.one_of(st.just(WHOLE), st.just(WHOLE[:5]), st.lists(st.sampled_from(WHOLE), max_size=7))
+
+
+@settings(max_examples=325, **FUZZ)
+@given(content=st.one_of(st.binary(max_size=40), st.tuples(HEADER, st.lists(st.lists(CELLS, min_size=5, max_size=7), max_size=4))), command=st.booleans())
+def test_any_table_is_read_or_refused(tmp_path_factory, content, command):
+    folder = fuzzed(tmp_path_factory)
+    file = folder.path / "t.csv"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        with file.open("w", newline="", encoding="utf-8", errors="replace") as out:
+            csv.writer(out).writerows([content[0], *content[1]])
+    if command:
+        shown = folder("best", file)
+    else:
+        folder.write("[axes]\nl = [4, 8]")
+        if not any(folder.runs.glob("w-*/status.json")):
+            folder.finish()
+        shown = folder.on_grid("results", "--join", file, "--on", "l")
+    assert shown.exit_code in (0, 2, 3), shown.output
 
 
 _FUZZED: list[Folder] = []

@@ -6,6 +6,7 @@ counts its seconds in a file in its folder, as training keeps a checkpoint, and 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -85,6 +86,7 @@ def test_an_array_of_eight_submitted_twice(project, undisturbed, over_its_time):
     assert "submitted 8 runs as 8 jobs" in out and "8 queued" in out
     again = project("run", "--backend", "slurm")
     assert "nothing to submit" in again and len(jobs_of(project)) == 8
+    assert len({job.split("_")[0] for job in jobs_of(project)}) == 2  # the cluster's MaxArraySize
     assert project("wait", "--timeout", "2").splitlines()[-1].endswith("(8 done)")
     assert "to do: 0" in project("run")  # the other backend sees the same runs
     same(project.table(), undisturbed)
@@ -219,6 +221,59 @@ def test_a_preempted_job_resumes(project, slurm):
     slurm("srun", "--partition=urgent", "--cpus-per-task=8", "-n1", "sleep", "1")
     assert project("wait", "--timeout", "2").splitlines()[-1].endswith("(1 done)")
     assert attempts(project) == ["xx"] and next(project.runs.glob("work-*/seconds")).read_text() == "20"
+
+
+def test_a_preempted_job_that_is_cancelled_is_interrupted(project, slurm):
+    """Where PreemptMode is CANCEL, Slurm does not requeue: the same command submits the rest."""
+    project.template(STEPS)
+    project.axes(ONE_BY_ONE + 'partition = "volatile"', seconds=[20.0])
+    project("run", "--backend", "slurm")
+    wait_for(lambda: list(project.runs.glob("*.partial/seconds")), "the run's first step")
+    slurm("srun", "--partition=urgent", "--cpus-per-task=8", "-n1", "sleep", "1")
+    assert "1 interrupted" in project("wait", "--timeout", "2", expect=1)
+    assert "submitted 1 runs" in project("run", "--backend", "slurm")
+    assert project("wait", "--timeout", "2").splitlines()[-1].endswith("(1 done)")
+    assert attempts(project) == ["xx"] and next(project.runs.glob("work-*/seconds")).read_text() == "20"
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder of commands that come before Slurm's own, as a site puts them."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    def command(name: str, script: str) -> None:
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    return command
+
+
+def test_a_site_with_gres_only_and_without_scontrol(project, slurm, site):
+    real = shutil.which("scontrol")
+    site("sbatch", f'grep -q gpus-per-node "$1" && echo "sbatch: error: use --gres" >&2 && exit 1\nexec {shutil.which("sbatch")} "$@"')
+    site("scontrol", "echo 'scontrol: not for users' >&2; exit 1")
+    project.template(WORK.replace("import time", "import os, time").replace('"loss":', '"gpus": os.environ["CUDA_VISIBLE_DEVICES"], "loss":'))
+    project.axes(ONE_BY_ONE + 'sbatch = ["--gres=gpu:1", "--comment=mine"]', seed=[0, 1], seconds=[3.0])
+    assert "submitted 2 runs" in project("run", "--backend", "slurm")
+    assert "Comment=mine" in slurm(real, "show", "job", jobs_of(project)[0])
+    project("wait", "--timeout", "2")
+    assert set(project.table().gpus) == {"0", "1"}
+    project.axes(ONE_BY_ONE + "gpus = 1", seed=[2])
+    assert "use --gres" in project("run", "--backend", "slurm", expect=2)
+
+
+def test_a_submission_that_breaks_off_is_named_and_resumed(project, site, tmp_path):
+    """Eight runs are two arrays; the second is refused, as at a limit of jobs per user."""
+    site("sbatch", f'[ -e {tmp_path}/once ] && echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2 && exit 1\n'
+                   f'touch {tmp_path}/once\nexec {shutil.which("sbatch")} "$@"')
+    project.axes(ONE_BY_ONE, context_length=[4, 8, 16, 32], seed=[0, 1])
+    out = project("run", "--backend", "slurm", expect=2)
+    assert "QOSMaxSubmitJobPerUserLimit" in out and "5 jobs were submitted before and stay queued; the same command submits the rest" in out
+    (tmp_path / "bin" / "sbatch").unlink()
+    assert "submitted 3 runs as 3 jobs" in project("run", "--backend", "slurm")
+    assert project("wait", "--timeout", "2").splitlines()[-1].endswith("(8 done)")
+    assert attempts(project) == ["x"] * 8
 
 
 def test_slurm_refuses_in_its_own_words(project):

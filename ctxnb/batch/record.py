@@ -27,11 +27,15 @@ _by_hand: list[Path] = []
 
 # %% ../../nbs/batch/record.ipynb #fa6d33d6
 class MetricsHandler(logging.Handler):
-    """Writes the `metrics` of log records, one JSON line each."""
+    """Writes the `metrics` of log records, one JSON line each.
+
+    Args:
+        folder: the run's folder. A group of processes makes another handler of it in its first process.
+    """
 
     def __init__(self, folder: Path):
         super().__init__()
-        self.file, self.board = folder / METRICS, None
+        self.folder, self.file, self.board = folder, folder / METRICS, None
         if os.environ.get("CTXNB_TENSORBOARD") == "1":
             from torch.utils.tensorboard import SummaryWriter  # a ModuleNotFoundError names tensorboard
 

@@ -66,7 +66,7 @@ def all_mean(tensor: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/experiments/group.ipynb #0f1beb49
 @record  # keeps the message of an exception for the launcher
-def _member(function: Callable[..., object], device: str, threads: int, files: list, arguments: dict) -> object:
+def _member(function: Callable[..., object], device: str, threads: int, handlers: list, arguments: dict) -> object:
     """What each process of a group runs; the launcher has set RANK, LOCAL_RANK and the others in its environment."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(threads)
@@ -74,8 +74,8 @@ def _member(function: Callable[..., object], device: str, threads: int, files: l
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=1))  # the first one evaluates alone
     dist.barrier()  # a process that asks nothing of the others could be gone before all are connected
-    for name, formatter in files if rank() == 0 else []:
-        handler = logging.FileHandler(name)
+    for kind, where, formatter in handlers if rank() == 0 else []:
+        handler = kind(where)
         handler.setFormatter(formatter)
         log.addHandler(handler)
         log.setLevel(logging.INFO)
@@ -103,11 +103,12 @@ def in_group(function: Callable[..., object], processes: int, device: str = "cpu
     """
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=0, monitor_interval=0.1,
                           run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0")  # fmt: skip
-    files = [(handler.baseFilename, handler.formatter) for handler in log.handlers if isinstance(handler, logging.FileHandler)]
+    sent = [(type(handler), place, handler.formatter) for handler in log.handlers
+            if (place := getattr(handler, "baseFilename", getattr(handler, "folder", None)))]
     main = threading.current_thread() is threading.main_thread()
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) if main}
     try:
-        return elastic_launch(config, _member)(function, device, max(1, torch.get_num_threads() // processes), files, arguments)[0]
+        return elastic_launch(config, _member)(function, device, max(1, torch.get_num_threads() // processes), sent, arguments)[0]
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None

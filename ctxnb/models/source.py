@@ -200,11 +200,6 @@ def _smollm2_file(folder: Path) -> Path:
         raise ValueError(f"{SMOLLM2_FILE} of {SMOLLM2_PACKAGE} has SHA-256 {digest[:12]}..., expected {SMOLLM2_SHA256[:12]}...")
     return file
 
-
-def _gguf_file(file: Path) -> Path:
-    check_gguf(file)
-    return file
-
 # %% ../../nbs/models/source.ipynb #1f26ef36
 def cached_commit(
     model: str,
@@ -252,7 +247,10 @@ def find_model(
     except RuntimeError as error:  # ~nobody
         raise ValueError(f"model {str(model)!r}: {error}") from None
     if path.suffix == ".gguf" and path.is_file():
-        return _converted(path.name, file_digests(path)["."], lambda _: _gguf_file(path.resolve()), build)
+        ready = _converted(path.name, digest := file_digests(path)["."], lambda _: path.resolve(), build=False)
+        if ready is None:
+            check_gguf(path)  # also when nothing is converted: a plan refuses what a launch would
+        return ready or _converted(path.name, digest, lambda _: path.resolve(), build)
     if path.is_dir():
         return _folder_source(path)
     if path.is_file():

@@ -91,6 +91,9 @@ def read_table(path: Path | str, kind: str = "train", **filters: object) -> pd.D
         raise ValueError(f"{path.name} has no rows: no run of its grid is finished, or the filter leaves none")
     if kind == "runs":
         check_runs(table)  # names the first bad value by its row in the file
+        for column in {"document_loss", "document_targets"} & set(table):
+            if not table[column].map(lambda value: isinstance(value, (list, np.ndarray))).all():
+                raise ValueError(f"{path.name}: column {column} holds something else than a list for each run: take it from a .parquet table, or drop it")
     key = list(KEY[kind])
     if table.duplicated(key).any():
         twice = ", ".join(str(v) for v in table.loc[table.duplicated(key), key].iloc[0])

@@ -215,7 +215,10 @@ def read_tasks(path: Path | str) -> TaskSet:
         pairs = read_published(path.parent / pairs)[["farther_bit", "nearer_bit"]].to_numpy().tolist()
     if not isinstance(pairs, list) or not all(isinstance(pair, list) for pair in pairs):
         raise ValueError(f"task file {path}: tasks = {pairs!r}: expected a list of pairs or the name of a CSV file")
-    return TaskSet(pairs=pairs, **content)
+    try:
+        return TaskSet(pairs=pairs, **content)
+    except (TypeError, ValueError) as error:  # such as null where a list is expected
+        raise ValueError(f"task file {path}: {error}") from error
 
 
 def write_tasks(tasks: TaskSet, path: Path | str) -> Path:
