@@ -701,7 +701,7 @@ def best(results: Path, clamped: int | None, tolerance: float) -> None:
 
 # %% ../nbs/cli.ipynb #82e73cd9
 def _lacking(table) -> list[str]:
-    """What a table of runs has no run for, though it has of other sizes or seeds, in words; refuses a table of one context length."""
+    """Runs that a table lacks, in words; refuses a table of one context length."""
     lengths, notes = set(table.context_length), []
     if len(lengths) == 1:
         raise ValueError(f"all runs have context_length {lengths.pop()}: expected at least two lengths to compare")

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "site"
 WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
 SINGLE_RUNS = 2  # pages of single runs differ in numbers only: so many of them are opened
+GALLERY = "reference/gallery.html"  # all figures, small
 pytestmark = pytest.mark.system("chromium")  # about 50 s: each page is loaded twice
 
 LOOK = r"""async () => {
@@ -148,10 +149,18 @@ def smallest_label(picture: Path) -> float:
 
 
 def test_labels_of_figures_can_be_read(visits):
-    pictures = [(visit, Path(unquote(urlsplit(source).path)), scale) for visit in visits for source, scale in visit.found["pictures"] if source.endswith(".svg")]
+    pictures = [(visit, Path(unquote(urlsplit(source).path)), scale) for visit in visits if visit.page != GALLERY for source, scale in visit.found["pictures"] if source.endswith(".svg")]
     assert pictures
     small = {(visit.page, visit.width, picture.name): size for visit, picture, scale in pictures if (size := scale * smallest_label(picture)) < 9}
     none([f"{page} ({width}): a label of {size:.1f} px in {name}" for (page, width, name), size in small.items()])
+
+
+def test_the_gallery_shows_the_figures(visits):
+    (gallery,) = [visit for visit in visits if visit.page == GALLERY and visit.width == "desk"]
+    shown = {source.rpartition("/")[2] for source, _ in gallery.found["pictures"]}
+    for page in ("theory/optimal_context.html", "results/train.html"):
+        (visit,) = [visit for visit in visits if visit.page == page and visit.width == "desk"]
+        assert visit.found["pictures"] and {source.rpartition("/")[2] for source, _ in visit.found["pictures"]} <= shown, page
 
 
 def test_pages_are_light(visits):
@@ -159,7 +168,7 @@ def test_pages_are_light(visits):
     for visit in visits:
         files = {Path(unquote(urlsplit(source).path)) for source, _ in visit.found["pictures"] if source.startswith("file:")}
         words = (SITE / visit.page).stat().st_size
-        if not visit.page.startswith(("genindex", "_modules")):
+        if not visit.page.startswith(("genindex", "_modules", GALLERY)):
             assert words < 750_000 and words + sum(file.stat().st_size for file in files) < 1_500_000, visit.page
 
 
