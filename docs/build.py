@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -30,37 +29,12 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS, SITE, WORK = ROOT / "nbs", ROOT / "site", ROOT / "_proc"
 SOURCE, STATIC, HTML = WORK / "source", WORK / "static", WORK / "html"
 
+
 class BuildError(Exception):
     """The site cannot be built; the message names the notebook or page and what is wrong with it."""
 
 
 # --- what there is ------------------------------------------------------------------------------------------
-
-
-def target(entry: str) -> str:
-    """The page of an entry of the sidebar: `Other title <page>` or `page`."""
-    return entry.rpartition("<")[2].rstrip(">")
-
-
-def read_sidebar() -> list[dict]:
-    """Groups of `docs/sidebar.toml`, each with those of its pages that exist; what no line names is at the end of its folder's group or section."""
-    paths = [path.relative_to(NBS) for path in NBS.rglob("*.ipynb")]
-    pages = {path.as_posix().removesuffix(".ipynb") for path in paths if not any(part.startswith((".", "_")) for part in path.parts)} - {"index"}
-    groups = tomllib.loads((ROOT / "docs" / "sidebar.toml").read_text(encoding="utf-8"))["group"]
-    sections = groups[-1]["section"]
-    for section in sections:
-        section["pages"] = [f"{section['folder']}/{name}" for name in section.get("pages", [])]
-    named = {target(entry) for part in (*groups, *sections) for entry in part.get("pages", [])}
-    home = {part["folder"]: part for part in (*groups, *sections) if "folder" in part}
-    for page in sorted(pages - named):
-        folder = str(Path(page).parent)
-        if folder not in home:
-            sections.append({"title": folder.capitalize(), "folder": folder, "pages": []})
-            home[folder] = sections[-1]
-        home[folder]["pages"].append(page)
-    for part in (*groups, *sections):
-        part["pages"] = [entry for entry in part.get("pages", []) if target(entry) in pages]
-    return groups
 
 
 def find_runs(tables: Iterable[Path]) -> dict[str, Path]:
@@ -308,29 +282,16 @@ def as_text(nb: nbformat.NotebookNode) -> str:
 # --- the sources --------------------------------------------------------------------------------------------
 
 
-def front_matter(groups: list[dict], modules: Iterable[str]) -> tuple[str, dict[str, str]]:
-    """The sidebar as hidden toctrees of the front page, and the pages (name -> text) that fold the sections and the modules, which autosummary describes."""
-    listed, texts, trees = "\n".join(f"   {module}" for module in modules), {}, {group["title"]: [*group["pages"]] for group in groups}
-    for section in filter(lambda section: section["pages"], groups[-1]["section"]):
-        name = f"reference/{Path(section['folder']).name or 'project'}"
-        texts[f"{name}.md"] = f"# {section['title']}\n\n{section.get('text', '')}\n\n```{{toctree}}\n\n" + "\n".join(f"/{page}" for page in section["pages"]) + "\n```\n"
-        trees[groups[-1]["title"]].append(name)
-    if listed:
-        trees[groups[-1]["title"]].append("api/index")
-        texts["api/index.rst"] = ("Modules\n=======\n\nWhat the notebooks export, by module. Losses are in nats.\n\n"
-                                  f".. autosummary::\n   :toctree: .\n   :template: reference.rst\n\n{listed}\n")
-    sidebar = "\n\n".join(f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```" for title, pages in trees.items() if pages)
-    return sidebar, texts
-
-
 def prepare() -> dict[str, str]:
     """Write the Sphinx sources; returns file -> text, for every page and the numbers behind its figures."""
+    from sidebar import front_matter, read_sidebar, target
+
     from ctxnb.paths import runs_dir
 
     if not (NBS / "index.ipynb").is_file():
         raise BuildError("nbs/index.ipynb is missing: it is the site's front page")
     tables = {path.stem: path for path in sorted((runs_dir() / "tables").glob("*.parquet"))}
-    groups, modules, runs = read_sidebar(), find_modules(), find_runs(tables.values())
+    groups, modules, runs = read_sidebar(NBS), find_modules(), find_runs(tables.values())
     code, (sidebar, texts) = digest(*modules.values()), front_matter(groups, modules)
     chapters = {target(entry) for group in groups if group.get("chapters") for entry in group["pages"]}
     pages = ["index", *(target(entry) for part in (*groups, *groups[-1]["section"]) for entry in part["pages"])]
@@ -341,7 +302,8 @@ def prepare() -> dict[str, str]:
         fresh = {name: tables[table.stem] for name, table in committed.items() if table.stem in tables}
         nb = for_readers(read_notebook(on_fresh_tables(path, fresh, code) if fresh else path), chapter=bool(committed) or page in chapters)
         shows |= {run: page for table in fresh.values() for run in find_runs([table]) if run not in shows}
-        subtitles[page] = " ".join(re.findall(r"^> *(.*)", nb.cells[0].source, re.MULTILINE)) if nb.cells else ""
+        quoted = " ".join(re.findall(r"^> *(.*)", nb.cells[0].source, re.MULTILINE)) if nb.cells else ""
+        subtitles[page] = re.sub(r"\[([^]]*)\]\([^)]*\)|[*`]", r"\1", quoted)
         for line in note_provenance(nb, (committed | fresh).values()):
             print(f"site: stale or incomplete: {shown(path)}: {line}", flush=True)
         tidy_tables(nb, runs)

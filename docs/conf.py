@@ -190,16 +190,34 @@ def source_links_to_reference(app, env) -> None:
 
 
 def add_scripts(app, page, template, context, doctree) -> None:
-    """The script of the planner on a page that holds one, and the pages' subtitles for the results of a search."""
+    """The script of the planner on a page that holds one, and the pages' subtitles for the results of a search; a module's source has another title than its reference."""
+    if page.startswith("_modules/"):
+        context["title"] = f"Source of {context['title']}"
     if '<div class="planner">' in context.get("body", ""):
         app.add_js_file("planner.js")
     if page == "search":
         app.add_js_file("subtitles.js", priority=100)
 
 
+def fill_gallery(app, page, template, context, doctree) -> None:
+    """All figures of chapters and results on one page, each with the beginning of its caption and a link to where it is."""
+    if page != "reference/gallery":
+        return
+    shown = []
+    for name in sorted(name for name in app.env.found_docs if name.startswith(("results/", "theory/"))):
+        for figure in app.env.get_doctree(name).findall(nodes.figure):
+            image, caption = (next(iter(figure.findall(kind)), None) for kind in (nodes.image, nodes.caption))
+            if image is not None and caption is not None and image["uri"] in app.env.images:
+                file, alt = app.env.images[image["uri"]][1], html.escape(image.get("alt", ""), quote=True)
+                words = "".join(rf'<span class="math">\({html.escape(part.astext())}\)</span>' if isinstance(part, nodes.math) else html.escape(part.astext()) for part in caption.children)
+                shown.append(f'<a href="../{name}.html#{figure["ids"][0] if figure["ids"] else ""}"><img src="../_images/{file}" alt="{alt}"><span>{words.partition(". ")[0]}</span></a>')
+    context["body"] = context["body"].replace('<div class="gallery"></div>', f'<div class="gallery">{"".join(shown)}</div>')
+
+
 def setup(app) -> None:
     app.connect("env-updated", source_links_to_reference)
     app.connect("html-page-context", add_scripts)
+    app.connect("html-page-context", fill_gallery)
     app.set_html_assets_policy("always")  # a title with a formula stands in every page's sidebar
     app.add_directive("rst", ReStructuredText)
     app.add_post_transform(LinkExportedNames)

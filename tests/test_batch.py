@@ -56,9 +56,9 @@ class Project:
         command = [*COMMAND, arguments[0], str(self.grid), "--runs-dir", str(self.runs), *arguments[1:]]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
-    def __call__(self, *arguments, expect: int = 0) -> str:
+    def __call__(self, *arguments, expect: int = 0, patience_s: float = 120) -> str:
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=patience_s)
         assert process.returncode == expect, f"exit code {process.returncode}\n{out}\n{err}"
         return out + err
 

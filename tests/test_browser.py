@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "site"
 WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
 SINGLE_RUNS = 2  # pages of single runs differ in numbers only: so many of them are opened
+GALLERY = "reference/gallery.html"  # all figures, small
 pytestmark = pytest.mark.system("chromium")  # about 50 s: each page is loaded twice
 
 LOOK = r"""async () => {
@@ -148,10 +149,18 @@ def smallest_label(picture: Path) -> float:
 
 
 def test_labels_of_figures_can_be_read(visits):
-    pictures = [(visit, Path(unquote(urlsplit(source).path)), scale) for visit in visits for source, scale in visit.found["pictures"] if source.endswith(".svg")]
+    pictures = [(visit, Path(unquote(urlsplit(source).path)), scale) for visit in visits if visit.page != GALLERY for source, scale in visit.found["pictures"] if source.endswith(".svg")]
     assert pictures
     small = {(visit.page, visit.width, picture.name): size for visit, picture, scale in pictures if (size := scale * smallest_label(picture)) < 9}
     none([f"{page} ({width}): a label of {size:.1f} px in {name}" for (page, width, name), size in small.items()])
+
+
+def test_the_gallery_shows_the_figures(visits):
+    (gallery,) = [visit for visit in visits if visit.page == GALLERY and visit.width == "desk"]
+    shown = {source.rpartition("/")[2] for source, _ in gallery.found["pictures"]}
+    for page in ("theory/optimal_context.html", "results/train.html"):
+        (visit,) = [visit for visit in visits if visit.page == page and visit.width == "desk"]
+        assert visit.found["pictures"] and {source.rpartition("/")[2] for source, _ in visit.found["pictures"]} <= shown, page
 
 
 def test_pages_are_light(visits):
@@ -159,7 +168,7 @@ def test_pages_are_light(visits):
     for visit in visits:
         files = {Path(unquote(urlsplit(source).path)) for source, _ in visit.found["pictures"] if source.startswith("file:")}
         words = (SITE / visit.page).stat().st_size
-        if not visit.page.startswith(("genindex", "_modules")):
+        if not visit.page.startswith(("genindex", "_modules", GALLERY)):
             assert words < 750_000 and words + sum(file.stat().st_size for file in files) < 1_500_000, visit.page
 
 
@@ -247,8 +256,11 @@ def planner(browser):
 
 @pytest.mark.parametrize("asked", ["30k", "128000", "2M"])
 def test_planner_says_what_the_command_says(planner, asked):
-    for title in planner.locator("div.planner select option").all_inner_texts():
-        planner.locator("div.planner select").select_option(title)
+    for title in planner.locator("div.planner select[name=fit] option").all_inner_texts():
+        planner.locator("div.planner select[name=fit]").select_option(title)
+        assert planner.locator("div.planner .badge").is_visible() == title.startswith("Simulated")
+        if title.startswith("Simulated"):  # no table of ours
+            continue
         planner.locator("div.planner input[name=exact]").fill(asked)
         shown = planner.locator("div.planner output").inner_text().rpartition("shown: ")[2].replace(",", "")
         table = ROOT / "data/results" / f"{next(name for start, name in PILOTS.items() if title.startswith(start))}.parquet"
@@ -258,8 +270,15 @@ def test_planner_says_what_the_command_says(planner, asked):
 
 
 def test_planner_takes_millions_and_refuses_words(planner):
+    planner.locator("div.planner select[name=fit]").select_option(index=0)
     planner.locator("div.planner input[name=exact]").fill("50M")
     assert "No advice" in planner.locator("div.planner p.headline").inner_text()
+    target = planner.locator("div.planner p.headline a").get_attribute("href")
+    assert planner.locator(target).count() == 1, "the refusal links to what to do"
+    planner.locator("div.planner select[name=unit]").select_option(index=1)  # GPT-2 tokens of some five bytes
+    taken = planner.locator("div.planner output").inner_text().removeprefix("= ").split()[0].replace(",", "")
+    assert 2e8 < float(taken) < 3e8
+    planner.locator("div.planner select[name=unit]").select_option(index=0)
     planner.locator("div.planner input[name=exact]").fill("many")
     assert "300k or 50M" in planner.locator("div.planner p.headline").inner_text()
 

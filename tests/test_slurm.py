@@ -87,7 +87,7 @@ def test_an_array_of_eight_submitted_twice(project, undisturbed, over_its_time):
     again = project("run", "--backend", "slurm")
     assert "nothing to submit" in again and len(jobs_of(project)) == 8
     assert len({job.split("_")[0] for job in jobs_of(project)}) == 2  # the cluster's MaxArraySize
-    assert project("wait", "--timeout", "2").splitlines()[-1].endswith("(8 done)")
+    assert project("wait", "--timeout", "4", patience_s=300).splitlines()[-1].endswith("(8 done)")
     assert "to do: 0" in project("run")  # the other backend sees the same runs
     same(project.table(), undisturbed)
     assert attempts(project) == ["x"] * 8
@@ -204,7 +204,7 @@ def test_the_written_script_does_the_same(project, slurm, undisturbed):
 
 
 def test_a_job_over_its_time_limit_is_requeued_and_resumes(over_its_time, slurm):
-    assert over_its_time("wait", "--timeout", "5").splitlines()[-1].endswith("(1 done)")
+    assert over_its_time("wait", "--timeout", "5", patience_s=360).splitlines()[-1].endswith("(1 done)")
     (job,) = jobs_of(over_its_time)
     restarts = int(re.search(r"Restarts=(\d+)", slurm("scontrol", "show", "job", job))[1])
     # two jobs do on an idle machine, six were seen on a busy one, where starting takes much of the time; none tries twice

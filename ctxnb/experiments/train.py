@@ -12,6 +12,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -380,6 +381,12 @@ class Job:
         """See `evaluate`; with as many tokens at once as fit in memory."""
         return self.micro.fit(lambda tokens: evaluate(self.model, self.text.store, targets, context, batch_tokens=tokens, **how))
 
+    def save_leg(self, leg: Callable[[], dict]) -> None:
+        """Write a checkpoint with the leg under way, if one is due and this is the first process."""
+        if rank() == 0 and self.checkpoint.due(self.checkpoint_seconds):
+            self.found.leg = leg()
+            self.checkpoint.save(vars(self.found))
+
     def dev_loss(self) -> float:
         """Dev loss after l visible tokens, computed by the first process for all."""
         return on_rank0(lambda: self.evaluate(self.text.dev, self.s.context_length, bf16=self.device.type == "cuda").loss)
@@ -431,15 +438,11 @@ def run_leg(job: Job, candidate: int, first: int, until: int, anneal: bool) -> f
         return loss
 
     def save() -> None:
-        if rank() == 0 and job.checkpoint.due(job.checkpoint_seconds):
-            found.leg = {"key": key, "model": job.model.state_dict(), "optimizer": optimizer.state_dict(),
-                         "average": average, "progress": vars(progress)}
-            job.checkpoint.save(vars(found))
+        job.save_leg(lambda: {"key": key, "model": job.model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "progress": vars(progress)})
 
-    limit = math.log(job.text.store.vocab_size) + 1
     name = f"l={s.context_length} D={s.train_tokens:,} candidate {candidate} {'branch' if anneal else 'trunk'} to step {until:,}"
     job.model.train()
-    train_loss = fit(progress, step_update, until, save=save, mean_over=all_mean, limit=limit, label=name, quiet=rank() > 0)
+    train_loss = fit(progress, step_update, until, save=save, mean_over=all_mean, limit=math.log(job.text.store.vocab_size) + 1, label=name, quiet=rank() > 0)
     for weight, averaged in zip(trained, average or []):
         weight.data.copy_(averaged)
     found.leg = {}

@@ -206,7 +206,7 @@ def _open_dataset(dataset: HubDataset):
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(f"corpus {dataset.id!r}: {error}") from None
 
-
+# %% ../../nbs/text/hub.ipynb #817e170e
 def hub_corpus(
     dataset: HubDataset,
     text_column: str = "text",

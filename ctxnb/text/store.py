@@ -191,7 +191,7 @@ class TokenStore(StoreFiles):
 
     @property
     def notes(self) -> list[str]:
-        """What to know before one trusts a result on this text: what was left out, and what stands in training and test split alike."""
+        """What was left out of the text, and what its splits share, in words."""
         dropped = self.manifest["dropped"]["documents"]
         said = [f"{dropped:,} documents shorter than min_tokens dropped"] if dropped else []
         said += [f"{self.skipped:,} bad documents skipped"] if self.skipped else []

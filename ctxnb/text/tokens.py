@@ -121,7 +121,7 @@ class _TokenFile:
         return np.fromfile(self.file, self.dtype, end - first, offset=first * self.dtype.itemsize)
 
 # %% ../../nbs/text/tokens.ipynb #975349e6
-def _write_store(folder: Path, corpus: Corpus, tokenizer: str | Path, parameters: dict, source: dict, key: str, empty_splits: bool) -> dict:
+def _write_store(folder: Path, corpus: Corpus, tokenizer: str | Path, parameters: dict, source: dict, key: str, empty_splits: bool = False) -> dict:
     """Write all files of a store into a folder; returns the manifest."""
     size, (name, identity) = bpe_size(tokenizer), tokenizer_identity(tokenizer)
     loaded = _trained_tokenizer(folder / "tokenizer", corpus, size, parameters) if size else load_tokenizer(tokenizer)

@@ -236,7 +236,7 @@ def write_tasks(tasks: TaskSet, path: Path | str) -> Path:
     lines = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in (content | {"tasks": pairs}).items()]
     return write_atomic(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
-
+# %% ../../nbs/text/xor_tasks.ipynb #96bfd901
 def task_set(tasks: str, build: bool = False) -> TaskSet:
     """The task set that a run names: a file of `data/tasks/` without its suffix, or the path of a JSON file.
 
@@ -259,6 +259,17 @@ def task_set(tasks: str, build: bool = False) -> TaskSet:
             return read_tasks(folder / f"{tasks}.json")
     known = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
     raise FileNotFoundError(f"no task set {tasks!r} in {folders[0]}: known are {', '.join(known)}, or the path of a .json file")
+
+# %% ../../nbs/text/xor_tasks.ipynb #9e7abc5c
+def _nearer(farther: np.ndarray, seed: int) -> list[tuple[int, int]]:
+    """Pairs with a nearer bit drawn below each farther one, no pair twice."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for far, count in zip(*np.unique(farther, return_counts=True)):
+        if count >= far:
+            raise ValueError(f"{count} tasks with the farther bit {far}: there are only {far - 1} nearer bits for them")
+        pairs += [(int(far), int(near)) for near in rng.choice(np.arange(1, far), size=count, replace=False)]
+    return pairs
 
 # %% ../../nbs/text/xor_tasks.ipynb #7f2251f4
 def equal_tasks(name: str, bits: int, n_tasks: int, gamma: float, start: int, seed: int = 0) -> TaskSet:
@@ -288,7 +299,7 @@ def equal_tasks(name: str, bits: int, n_tasks: int, gamma: float, start: int, se
     return TaskSet(name=name, bits=bits, pairs=_nearer(farther, seed), reach=max(bits, int(farther.max())),
                    source=f"equal_tasks(bits={bits}, n_tasks={n_tasks}, gamma={gamma}, start={start}, seed={seed})")
 
-
+# %% ../../nbs/text/xor_tasks.ipynb #a49b2aa1
 def power_tasks(name: str, bits: int, gamma: float, start: int, floor: float = 0.0, shift: float = 0.0, per_bit: int = 1,
                 seed: int = 0) -> TaskSet:
     """Tasks of unequal frequency whose exact risk is floor + (ln 2 - floor) ((l + shift) / (start + shift))^-gamma.
@@ -321,14 +332,3 @@ def power_tasks(name: str, bits: int, gamma: float, start: int, floor: float = 0
     return TaskSet(name=name, bits=bits, pairs=_nearer(farther, seed), frequencies=(frequencies / frequencies.sum()).tolist(),
                    reach=bits + 1, source=f"power_tasks(bits={bits}, gamma={gamma}, start={start}, floor={floor}, "
                                           f"shift={shift}, per_bit={per_bit}, seed={seed})")
-
-
-def _nearer(farther: np.ndarray, seed: int) -> list[tuple[int, int]]:
-    """Pairs with a nearer bit drawn below each farther one, no pair twice."""
-    rng = np.random.default_rng(seed)
-    pairs = []
-    for far, count in zip(*np.unique(farther, return_counts=True)):
-        if count >= far:
-            raise ValueError(f"{count} tasks with the farther bit {far}: there are only {far - 1} nearer bits for them")
-        pairs += [(int(far), int(near)) for near in rng.choice(np.arange(1, far), size=count, replace=False)]
-    return pairs
