@@ -3,18 +3,24 @@
 A world is a loss L(l, D) in nats, a scatter of runs and a design of pilots: unless said, 6 lengths (4 to 128), 5 sizes (1e5 to
 1e7), 3 seeds and a noise of .01 nats. A planner gets the pilots and is asked for 1, 3 and 10 times the largest size. Its answer
 is right when its interval reaches a length within .001 nats of the best one, or its pick costs at most .01 nats; an answer that
-is neither is *confidently wrong*. Ten further worlds are drawn from a seed that no rule was tuned on. Usage:
+is neither is *confidently wrong*. Ten further worlds are drawn from a seed that no rule was tuned on. Last come our own tables: the
+planner gets all sizes but the largest and is asked for that one, whose measured means are the truth, to within their paired scatter. Usage:
 
-    OMP_NUM_THREADS=1 python bench/bench_planner.py [--tables 1] [--only memory] [--json]
+    OMP_NUM_THREADS=1 python bench/bench_planner.py [--tables 1] [--only memory] [--json] [--record data/results/planner_worlds.parquet]
+
+The rows of an older planner: put an older `ctxnb` before this one (`git archive COMMIT ctxnb | tar x -C FOLDER`, then
+`PYTHONPATH=FOLDER python -P bench/bench_planner.py --planner COMMIT --record ...`). Recorded rows replace those of the same planner.
 """
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import click
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from ctxnb.theory.planner import Refusal, advise_from, fit_pilots
 
@@ -37,6 +43,7 @@ class World:
         seeds: runs of each cell.
         keep: `table -> mask` of the runs that survive.
         lengths: of the pilots.
+        slack: lengths within so much of the best one count as the best, nats.
     """
 
     loss: Loss
@@ -46,6 +53,7 @@ class World:
     seeds: int = SEEDS
     keep: Callable | None = None
     lengths: tuple = LENGTHS
+    slack: float = 0.001
 
 
 def power(l, c=4.0, gamma=0.6, floor=1.2):
@@ -147,15 +155,30 @@ def pilots_of(world: World, seed: int) -> pd.DataFrame:
 def verdict(world: World, tokens: float, pick: float, low: float, high: float) -> dict:
     """Score of an answer. Without an upper end the pick is the longest *measured* length, and is compared with those measured."""
     truth = world.loss(GRID, np.full(len(GRID), tokens))
-    near = GRID[truth <= truth.min() + 0.001]
+    near = GRID[truth <= truth.min() + world.slack]
     covers = bool(((near >= low / 1.02) & (near <= high * 1.02)).any())
     allowed = GRID <= max(world.lengths) if np.isinf(high) else np.full(len(GRID), True)
     regret = float(world.loss(np.array([pick]), np.array([tokens]))[0] - truth[allowed].min())
     return {"verdict": "right" if covers else "harmless" if regret <= 0.01 else "confidently wrong", "best": float(GRID[truth.argmin()]), "regret": regret}
 
 
+def fitted(table: pd.DataFrame, measured: bool):
+    """The pilots with their laws, why there are none, or the measured curve of the largest size alone."""
+    if measured:
+        from ctxnb.stats.curves import measured_curves
+
+        return measured_curves(table[table.train_tokens == table.train_tokens.max()])[0]
+    try:
+        return fit_pilots(table, resamples=300)
+    except Refusal as refusal:
+        return refusal
+
+
 def judge(world: World, pilots, tokens: float) -> dict:
     """Answer to one target, with its score."""
+    if hasattr(pilots, "best_interval"):  # the baseline: the best length of the largest pilots, whatever is asked
+        low, high = pilots.best_interval()
+        return verdict(world, tokens, float(pilots.best), low, high) | {"pick": float(pilots.best), "low": float(low), "high": float(high), "law": "none"}
     if isinstance(pilots, Refusal):
         return {"verdict": "refused", "why": str(pilots)}
     try:
@@ -166,16 +189,50 @@ def judge(world: World, pilots, tokens: float) -> dict:
     return verdict(world, tokens, pick, low, high) | {"pick": pick, "low": low, "high": high, "law": advice.form}
 
 
-def run(worlds: dict[str, World], tables: int, first_seed: int = 0) -> pd.DataFrame:
+RESULTS = Path(__file__).parents[1] / "data" / "results"
+TABLES = ("train-quick", "train_bytes-standard", "synthetic-quick", "contest_counts")
+PILOT_COLUMNS = ["context_length", "train_tokens", "seed", "loss"]
+
+
+def measured_world(rows: pd.DataFrame) -> World:
+    """The measured means of one data size as a world: linear in ln l between the lengths, level beyond the longest."""
+    runs = rows.pivot(index="seed", columns="context_length", values="loss").dropna()
+    residual = runs.sub(runs.mean(axis=0), axis=1).sub(runs.mean(axis=1), axis=0) + runs.to_numpy().mean()
+    dof = (len(runs) - 1) * (runs.shape[1] - 1)
+    half = stats.t.ppf(0.975, dof) * np.sqrt(2 * (residual.to_numpy() ** 2).sum() / dof / len(runs))  # 95 % of a paired difference
+    lengths = runs.columns.to_numpy(float)
+    return World(lambda l, d: np.interp(np.log(l), np.log(lengths), runs.mean(axis=0).to_numpy()), lengths=tuple(lengths), slack=max(0.001, float(half)))
+
+
+def held_out_tables() -> dict[str, tuple[World, pd.DataFrame, float]]:
+    """Our tables: the truth at the largest data size, the runs of the others, and that size."""
+    found = {}
+    for file in TABLES:
+        table = pd.read_parquet(RESULTS / f"{file}.parquet").rename(columns={"train_samples": "train_tokens"})
+        for language, part in table.groupby("language") if "language" in table else [("", table)]:
+            largest = part.train_tokens.max()
+            found[f"{file} {language}".strip()] = (measured_world(part[part.train_tokens == largest]), part.loc[part.train_tokens < largest, PILOT_COLUMNS], float(largest))
+    return found
+
+
+def run_tables(only: str, measured: bool = False) -> pd.DataFrame:
+    """Our tables with the largest size held out."""
+    rows = []
+    for name, (world, table, tokens) in held_out_tables().items():
+        if only in name:
+            about = {"world": name, "family": False, "table": 0, "factor": tokens / table.train_tokens.max()}
+            rows.append(about | judge(world, fitted(table, measured), tokens))
+            click.echo(f"{name}: {rows[-1]['verdict']}", err=True)
+    return pd.DataFrame(rows)
+
+
+def run(worlds: dict[str, World], tables: int, first_seed: int = 0, measured: bool = False) -> pd.DataFrame:
     """Every world, table and target."""
     rows = []
     for name, world in worlds.items():
         for k in range(tables):
             began, table = time.perf_counter(), pilots_of(world, first_seed + k)
-            try:
-                pilots = fit_pilots(table, resamples=300)
-            except Refusal as refusal:
-                pilots = refusal
+            pilots = fitted(table, measured)
             for factor in FACTORS:
                 rows.append({"world": name, "family": world.family, "table": k, "factor": factor} | judge(world, pilots, factor * SIZES[-1]))
             click.echo(f"{name} {k}: {', '.join(r['verdict'] for r in rows[-3:])} ({time.perf_counter() - began:.0f} s)", err=True)
@@ -193,16 +250,21 @@ def summary(rows: pd.DataFrame) -> dict:
 @click.option("--tables", type=click.IntRange(min=1), default=1, show_default=True, help="Tables of each world.")
 @click.option("--only", default="", help="Worlds whose name contains this.")
 @click.option("--first-seed", type=int, default=0, show_default=True)
-@click.option("--record", type=click.Path(), help="Also write the rows to this Parquet file.")
+@click.option("--record", type=click.Path(path_type=Path), help="Also write the rows to this Parquet file, in place of those of the same planner.")
+@click.option("--planner", default="today", show_default=True, help="Name of the planner in the table.")
+@click.option("--measured", is_flag=True, help="Score a baseline without laws: the best length of the largest pilots.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(tables: int, only: str, first_seed: int, record: str | None, as_json: bool) -> None:
-    """Score the planner on known and on drawn worlds."""
+def main(tables: int, only: str, first_seed: int, record: Path | None, planner: str, measured: bool, as_json: bool) -> None:
+    """Score the planner on known worlds, on drawn ones, and on our own tables."""
     parts = {"known": {n: w for n, w in WORLDS.items() if only in n}, "drawn": {n: w for n, w in drawn_worlds().items() if only in n}}
-    found = {part: run(worlds, tables, first_seed) for part, worlds in parts.items() if worlds}
+    found = {part: run(worlds, tables, first_seed, measured) for part, worlds in parts.items() if worlds}
+    if (real := run_tables(only, measured)).size:
+        found["ours"] = real
     scores = {part: summary(rows) for part, rows in found.items()}
-    rows = pd.concat([part.assign(part=name) for name, part in found.items()], ignore_index=True)
+    rows = pd.concat([part.assign(part=name, planner=planner) for name, part in found.items()], ignore_index=True)
     if record:
-        rows.to_parquet(record, index=False)
+        old = pd.read_parquet(record) if record.is_file() else rows.iloc[:0]
+        pd.concat([old[old.planner != planner], rows], ignore_index=True).to_parquet(record, index=False)
     if as_json:
         click.echo(json.dumps({"scores": scores, "rows": json.loads(rows.to_json(orient="records"))}))
         return

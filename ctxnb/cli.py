@@ -54,7 +54,7 @@ Exit codes:
 class _Group(click.Group):
     """The group, with commands that are imported only when called: `status` must not wait for scipy."""
 
-    lazy = {"horizon": "ctxnb.experiments.horizon"}
+    lazy = {"horizon": "ctxnb.experiments.horizon", "pilots": "ctxnb.experiments.pilots"}
 
     def list_commands(self, context: click.Context) -> list[str]:
         return sorted([*super().list_commands(context), *self.lazy])
@@ -682,12 +682,15 @@ def best(results: Path, clamped: int | None, tolerance: float) -> None:
     """
     from ctxnb.reports.tables import headline, read_table, unit_of
     from ctxnb.stats.curves import measured_curves
+    from ctxnb.theory.planner import design_notes
 
     try:
         table = read_table(results, "runs")
         for note in _lacking(table):
             click.echo(f"  note: {note}", err=True)
         click.echo(headline(measured_curves(table), unit_of(table), tolerance))
+        for note in design_notes(table):
+            click.echo(f"Note: {note}.", err=True)
         if clamped is not None:
             from ctxnb.reports import train
 
@@ -726,7 +729,7 @@ def advise(context: click.Context, results: Path, train_tokens: float, tolerance
     Exit code 3: the pilots cannot tell; the reason is on standard error.
     """
     from ctxnb.reports.tables import read_table, unit_of
-    from ctxnb.theory.planner import Refusal, describe
+    from ctxnb.theory.planner import Refusal, describe, describe_refusal
     from ctxnb.theory.planner import plan as make_advice
 
     try:
@@ -735,6 +738,6 @@ def advise(context: click.Context, results: Path, train_tokens: float, tolerance
     except (FileNotFoundError, ValueError) as error:
         raise click.UsageError(str(error), ctx=context) from error
     except Refusal as refusal:
-        click.echo(f"Refused: {refusal}", err=True)
+        click.echo(describe_refusal(refusal, table, unit_of(table)), err=True)
         context.exit(3)
     click.echo(advice.to_json() if as_json else describe(advice, unit_of(table)))

@@ -256,8 +256,11 @@ def planner(browser):
 
 @pytest.mark.parametrize("asked", ["30k", "128000", "2M"])
 def test_planner_says_what_the_command_says(planner, asked):
-    for title in planner.locator("div.planner select option").all_inner_texts():
-        planner.locator("div.planner select").select_option(title)
+    for title in planner.locator("div.planner select[name=fit] option").all_inner_texts():
+        planner.locator("div.planner select[name=fit]").select_option(title)
+        assert planner.locator("div.planner .badge").is_visible() == title.startswith("Simulated")
+        if title.startswith("Simulated"):  # no table of ours
+            continue
         planner.locator("div.planner input[name=exact]").fill(asked)
         shown = planner.locator("div.planner output").inner_text().rpartition("shown: ")[2].replace(",", "")
         table = ROOT / "data/results" / f"{next(name for start, name in PILOTS.items() if title.startswith(start))}.parquet"
@@ -267,8 +270,15 @@ def test_planner_says_what_the_command_says(planner, asked):
 
 
 def test_planner_takes_millions_and_refuses_words(planner):
+    planner.locator("div.planner select[name=fit]").select_option(index=0)
     planner.locator("div.planner input[name=exact]").fill("50M")
     assert "No advice" in planner.locator("div.planner p.headline").inner_text()
+    target = planner.locator("div.planner p.headline a").get_attribute("href")
+    assert planner.locator(target).count() == 1, "the refusal links to what to do"
+    planner.locator("div.planner select[name=unit]").select_option(index=1)  # GPT-2 tokens of some five bytes
+    taken = planner.locator("div.planner output").inner_text().removeprefix("= ").split()[0].replace(",", "")
+    assert 2e8 < float(taken) < 3e8
+    planner.locator("div.planner select[name=unit]").select_option(index=0)
     planner.locator("div.planner input[name=exact]").fill("many")
     assert "300k or 50M" in planner.locator("div.planner p.headline").inner_text()
 

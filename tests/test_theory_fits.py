@@ -17,7 +17,7 @@ from ctxnb.stats.fitting import cells_of, check_runs, compare_laws, fit_joint, f
 from ctxnb.stats.laws import JOINT_LAWS, LAWS
 from ctxnb.stats.solver import fit_curves, fit_reference
 from ctxnb.theory.optimal_context import ContextLaw, critical_tokens, numeric_optimum, optimal_context
-from ctxnb.theory.planner import Refusal, fit_pilots, optimal_lengths, plan
+from ctxnb.theory.planner import Refusal, advise_from, fit_pilots, optimal_lengths, plan
 
 LENGTHS = np.array([4.0, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192])
 DIMENSION = np.array([1.2, 4.0, 60.0, 0.6, 0.2, 0.8])
@@ -309,6 +309,54 @@ def test_the_planner_refuses_what_it_cannot_know(pilots, change, tokens, message
         plan(change(pilots), tokens)
 
 
+@pytest.fixture(scope="module")
+def fitted(pilots):
+    return {"dimension": fit_pilots(pilots, resamples=200), "plateau": fit_pilots(simulate_runs("horizon", JOINT["horizon"], 0.01, 5), resamples=200)}
+
+
+@calm
+@given(data=st.data())
+def test_an_interval_contains_its_own_advice(fitted, data):
+    found = fitted[data.draw(st.sampled_from(sorted(fitted)))]
+    try:
+        advice = advise_from(found, data.draw(st.floats(2e4, 1e8)), tolerance=data.draw(st.floats(0.001, 0.1)))
+    except Refusal:
+        return
+    low, high = advice.interval
+    assert low <= advice.context_length and (high is None or advice.context_length <= high)
+    assert (high is None) == advice.unbounded
+    assert advice.economical_interval[0] <= advice.economical <= advice.economical_interval[1]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.assign(tokens_per_step=np.where(t.context_length > 16, 512, 256)), r"differ in tokens_per_step \(256, 512\)"),
+    (lambda t: t[(t.context_length > 16) == (t.seed == 1)], "no seed has run at lengths of both groups"),
+    (lambda t: t[(t.context_length > 16) == (t.train_tokens > 3e5)], "share no context length"),
+])
+def test_confounded_designs_are_refused_by_name(pilots, change, message):
+    with pytest.raises(Refusal, match=message):
+        plan(change(pilots), 3e7)
+
+
+def test_gaps_are_named(pilots):
+    short = pilots[~((pilots.context_length == 128) & (pilots.train_tokens == 1e5))]
+    short = short[~((short.context_length == 4) & (short.train_tokens == 3e6) & (short.seed == 2))]
+    short["epochs"] = np.where(short.train_tokens > 1e6, 2.0, 4.0)
+    notes = " ".join(plan(short, 3e7, resamples=200).notes)
+    assert "1 of 30 cells" in notes and "128 at 1e+05" in notes and "at 3e+06 seed 2 lacks" in notes and "epochs changes with the data size" in notes
+
+
+def test_costs_are_those_of_the_pilots(pilots):
+    """6 N + 6 layers width (l + 1) FLOPs a token, 4 passes, and a speed that halves at 128."""
+    table = pilots.assign(tokens_seen=4 * pilots.train_tokens, tokens_per_s=np.where(pilots.context_length == 128, 500.0, 1000.0), parameters=100_000, layers=2, width=64,
+                          peak_memory_mb=10.0 * pilots.context_length)
+    advice = plan(table, 3e7, resamples=200)
+    assert advice.cost[4].flops == pytest.approx(4 * 3e7 * (6 * 100_000 + 6 * 2 * 64 * 5)) and advice.cost[128].hours == pytest.approx(4 * 3e7 / 500 / 3600)
+    assert advice.cost[128].memory_mb == 1280 and min(c.equal_flops for c in advice.cost.values()) == 0
+    assert advice.cost[128].equal_flops > advice.regret[128]  # it gets less data at the same FLOPs
+    assert plan(pilots, 3e7, resamples=200).cost == {}
+
+
 def test_a_law_that_misses_the_visible_minimum_is_not_asked(pilots):
     """A sharp dip at 32 tokens, at the largest size only, that no law of the list has."""
     odd = pilots.assign(loss=pilots.loss - 0.15 * ((pilots.context_length == 32) & (pilots.train_tokens == 1e7)))
@@ -337,6 +385,14 @@ def test_front_page_best_and_planner_say_the_same_of_one_table():
         assert curve.best == said.loc[curve.size, "best"]
         assert f"D = {curve.size:,}: best l = {curve.best} (" in shown
         assert (curve.excess().worse.to_numpy() == ~np.isin(curve.context_length, said.loc[curve.size, "not_worse"])).all()
+
+
+def test_best_reads_a_csv_as_it_reads_parquet(tmp_path):
+    table = pd.read_parquet("data/results/synthetic-quick.parquet")[["train_samples", "context_length", "seed", "loss"]]
+    table.to_csv(tmp_path / "runs.csv", index=False)
+    table.to_parquet(tmp_path / "runs.parquet")
+    from_csv, from_parquet = (CliRunner().invoke(best, [str(tmp_path / name)]) for name in ("runs.csv", "runs.parquet"))
+    assert from_csv.exit_code == 0 and from_csv.output == from_parquet.output and "best l = " in from_csv.output
 
 
 def test_a_flat_curve_has_no_star_and_no_growth():
@@ -382,7 +438,7 @@ def test_unbounded_is_valid_json(tmp_path):
 
 def test_a_refusal_gives_its_reason_and_no_number(pilots, tmp_path):
     result = run(write(pilots, tmp_path / "runs.csv"), "--train-tokens", "2e9", "--json")
-    assert result.exit_code == 3 and result.stdout == "" and "at most a factor of 10" in result.stderr
+    assert result.exit_code == 3 and result.stdout == "" and "at most a factor of 10" in result.stderr and "Measured all the same" in result.stderr
 
 
 @pytest.mark.parametrize("spoil, message", [

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAR', 'FLAT', 'STEPS', 'MIN_LENGTHS', 'MIN_SIZES', 'MIN_SPARE_CELLS', 'MAX_DATA_REACH', 'MAX_LENGTH_REACH',
-           'MAX_WIDTH', 'MIN_R2', 'LACK', 'MISMATCH', 'TOLERANCE', 'HELD_OUT_ERROR', 'LEAST_WEIGHT', 'optimal_lengths',
-           'useful_lengths', 'Refusal', 'Advice', 'Pilots', 'hold_out_largest', 'fit_pilots', 'plan', 'advise_from',
-           'describe']
+           'MAX_WIDTH', 'MIN_R2', 'LACK', 'MISMATCH', 'TOLERANCE', 'HELD_OUT_ERROR', 'LEAST_WEIGHT', 'RECIPE',
+           'COST_COLUMNS', 'optimal_lengths', 'useful_lengths', 'Refusal', 'Cost', 'Advice', 'Pilots', 'design_notes',
+           'hold_out_largest', 'fit_pilots', 'plan', 'cost_of', 'advise_from', 'describe', 'describe_refusal']
 
 # %% ../../nbs/theory/planner.ipynb #e0af2ef8
 import json
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import sparse, stats
 
 from ..stats.bootstrap import percentile_interval
 from ..stats.curves import Curve, measured_curves
@@ -89,6 +89,23 @@ class Refusal(Exception):
 
 # %% ../../nbs/theory/planner.ipynb #be545497
 @dataclass(frozen=True)
+class Cost:
+    """What training at one context length costs.
+
+    Args:
+        hours: of one training run, at the speed that the pilots had at this length.
+        flops: floating-point operations of it.
+        memory_mb: peak of the pilots at this length, MiB.
+        equal_flops: nats above the least loss when every length gets the FLOPs of the advice, and a cheaper one so much more data.
+    """
+
+    hours: float
+    flops: float
+    memory_mb: float
+    equal_flops: float
+
+# %% ../../nbs/theory/planner.ipynb #ad5c15d9
+@dataclass(frozen=True)
 class Advice:
     """A context length for a data size, and how sure one may be.
 
@@ -108,8 +125,10 @@ class Advice:
         regret_interval: by context length, 95 % ends, nats.
         weights: Akaike weight of each law.
         measured: by pilot size: the measured best length and the ends of its interval.
-        held_out: losses inside their intervals, number of losses, largest error (nats) at the largest pilot size; None with three sizes.
+        held_out: losses inside their intervals, number of losses, largest error (nats) at the largest size; None with three sizes.
         runs: number of pilot runs.
+        cost: by context length, what training costs; empty where the pilots did not record it.
+        cost_formula: how it was computed, in words.
         notes: what a reader should know, in sentences.
     """
 
@@ -130,6 +149,8 @@ class Advice:
     measured: dict[int, tuple[int, int, int]]
     held_out: tuple[int, int, float] | None
     runs: int
+    cost: dict[float, "Cost"]
+    cost_formula: str
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
@@ -140,7 +161,7 @@ class Advice:
         """
         return json.dumps(asdict(self), indent=2)
 
-
+# %% ../../nbs/theory/planner.ipynb #7fc45f50
 @dataclass(frozen=True)
 class Pilots:
     """Pilot runs with the laws fitted to them.
@@ -173,6 +194,60 @@ class Pilots:
         """Shortest and longest context length, tokens."""
         return self.runs.context_length.min(), self.runs.context_length.max()
 
+# %% ../../nbs/theory/planner.ipynb #81a4ba80
+RECIPE = ("recipe", "data", "windows", "objective", "blocks", "tokens_per_step", "targets_per_step", "epochs", "candidates", "finalists", "most_tokens", "warmup", "anneal",
+          "final_learning_rate", "average", "learning_rate", "weight_decay", "patience", "batch", "precision", "vocab_size")
+
+
+def _groups(rows: pd.DataFrame, one: str, other: str) -> list[list]:
+    """Values of a column in groups that no run connects by the other column."""
+    a, b = rows[one].astype("category"), rows[other].astype("category")
+    n = len(a.cat.categories)
+    graph = sparse.coo_matrix((np.ones(len(rows)), (a.cat.codes, n + b.cat.codes)), shape=(n + len(b.cat.categories),) * 2)
+    _, label = sparse.csgraph.connected_components(graph, directed=False)
+    return [a.cat.categories[label[:n] == k].tolist() for k in np.unique(label)]
+
+
+def _check_confounded(runs: pd.DataFrame) -> None:
+    """Rule 10."""
+    for size, part in runs.groupby("train_tokens"):
+        for column in [name for name in RECIPE if name in part]:
+            values = part[column].map(lambda v: str(np.asarray(v).tolist()))
+            if values.nunique() > 1:
+                raise Refusal(f"confounded: at D = {size:.3g} the runs differ in {column} ({', '.join(sorted(values.unique())[:4])}), so a difference between lengths is "
+                              "not one of length alone: filter the table, or run the grid again")
+        if len(groups := _groups(part, "context_length", "seed")) > 1:
+            raise Refusal(f"confounded: at D = {size:.3g} no seed has run at lengths of both groups {' and '.join(str([int(l) for l in g]) for g in groups[:2])}, "
+                          "and seeds draw different text: add the missing runs")
+    if len(groups := _groups(runs, "train_tokens", "context_length")) > 1:
+        raise Refusal(f"confounded: the data sizes {' and '.join(str([int(d) for d in g]) for g in groups[:2])} share no context length: add lengths that all sizes have")
+
+
+def design_notes(table: pd.DataFrame) -> list[str]:
+    """What a table of runs lacks, in sentences.
+
+    Args:
+        table: from `check_runs`.
+
+    Returns:
+        Missing cells, seeds that the measured comparison leaves out, and settings that change with the data size; empty for a complete design.
+    """
+    runs, notes = table, []
+    lengths, sizes = sorted(runs.context_length.unique()), sorted(runs.train_tokens.unique())
+    there = set(zip(runs.context_length, runs.train_tokens))
+    if missing := [f"{l:g} at {d:.3g}" for d in sizes for l in lengths if (l, d) not in there]:
+        notes.append(f"{len(missing)} of {len(lengths) * len(sizes)} cells (context length at data size) have no run: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}")
+    for size, part in runs.groupby("train_tokens"):
+        count = part.groupby("seed").context_length.nunique()
+        if len(short := count.index[count < part.context_length.nunique()].tolist()):
+            left = "all seeds lack" if len(short) == len(count) else f"seed{'s' if len(short) > 1 else ''} {', '.join(map(str, short))} lack{'' if len(short) > 1 else 's'}"
+            what = "there is no measured comparison there" if len(short) == len(count) else "the measured comparison leaves them out"
+            notes.append(f"at {size:.3g} {left} some of the lengths: {what}")
+    for column in [name for name in RECIPE if name in runs]:
+        if len(values := runs[column].map(lambda v: str(np.asarray(v).tolist())).unique()) > 1:
+            notes.append(f"{column} changes with the data size ({', '.join(values[:4])}): the laws take that for an effect of data")
+    return notes
+
 # %% ../../nbs/theory/planner.ipynb #1bb148cd
 def _check_design(runs: pd.DataFrame) -> None:
     """Rule 1."""
@@ -185,16 +260,17 @@ def _check_design(runs: pd.DataFrame) -> None:
     least = min(len(form.names) for form in JOINT_LAWS.values()) + MIN_SPARE_CELLS
     if cells < least:
         raise Refusal(f"{cells} cells (context_length, train_tokens) are too few: at least {least} are needed")
+    _check_confounded(runs)
 
 
 def _check_reach(runs: pd.DataFrame, train_tokens: float) -> None:
     """Rule 2."""
     most, least = runs.train_tokens.max(), runs.train_tokens.min()
     if train_tokens > MAX_DATA_REACH * most:
-        raise Refusal(f"{train_tokens:.3g} tokens are {train_tokens / most:.3g} times the largest pilot ({most:.3g}); "
+        raise Refusal(f"D = {train_tokens:.3g} is {train_tokens / most:.3g} times the largest pilot ({most:.3g}); "
                       f"the planner extrapolates at most a factor of {MAX_DATA_REACH:g}: add larger pilots")
     if train_tokens < least / MAX_DATA_REACH:
-        raise Refusal(f"{train_tokens:.3g} tokens are less than a tenth of the smallest pilot ({least:.3g}): add smaller pilots")
+        raise Refusal(f"D = {train_tokens:.3g} is less than a tenth of the smallest pilot ({least:.3g}): add smaller pilots")
 
 
 def _fit_laws(runs: pd.DataFrame, forms: Sequence[str] | None) -> tuple[dict[str, Fit], dict[str, float]]:
@@ -249,13 +325,13 @@ def _check_held_out(held: pd.DataFrame, curve: Curve | None) -> float:
     error = (held.measured - held.predicted).abs()
     size, form = held.train_tokens.iloc[0], held.form.iloc[0]
     if held.inside.mean() < 0.5 and error.max() > HELD_OUT_ERROR:
-        raise Refusal(f"held out, the {len(held)} losses at {size:.3g} tokens are missed: {held.inside.sum()} inside their 95 % intervals, largest error "
+        raise Refusal(f"held out, the {len(held)} losses at D = {size:.3g} are missed: {held.inside.sum()} inside their 95 % intervals, largest error "
                       f"{error.max():.3f} nats (law {form}, fitted to the smaller sizes). What fails there is not asked for more data: add sizes between, or larger pilots")
     if curve is not None:
         said = int(held.context_length[held.predicted.idxmin()])
         row = curve.excess().loc[said]
         if row.low > 0 and row.excess > TOLERANCE:
-            raise Refusal(f"held out, the law ({form}) puts the best length at {size:.3g} tokens at {said}, but {curve.best} is better there, by "
+            raise Refusal(f"held out, the law ({form}) puts the best length at D = {size:.3g} at {said}, but {curve.best} is better there, by "
                           f"{row.excess:.3f} nats ({row.low:.3f} to {row.high:.3f}): add sizes between, or larger pilots")
     return max(1.0, float(np.sqrt((((held.measured - held.predicted) / held.se) ** 2).mean())))
 
@@ -268,14 +344,35 @@ def _check_paired(best: Fit, curves: Sequence[Curve]) -> None:
         predicted = pd.Series(best.predict(curve.context_length.astype(float), np.full(len(rows), float(curve.size))), rows.index)
         said = int(predicted.idxmin())
         if rows.low[said] > 0:
-            raise Refusal(f"at {curve.size:.3g} tokens the best law ({best.form.name}) puts the minimum at {said} tokens of context, but the pilots are better at "
+            raise Refusal(f"at D = {curve.size:.3g} the best law ({best.form.name}) puts the minimum at a context length of {said}, but the pilots are better at "
                           f"{curve.best}, by {rows.excess[said]:.3f} nats (standard error {rows.se[said]:.3f}): no law of the list describes these runs")
         regret = predicted - predicted[curve.best]
         off = (regret < rows.low) | (regret > rows.high)
         if off.any():
             l = int((regret - rows.excess).abs()[off].idxmax())
-            raise Refusal(f"at {curve.size:.3g} tokens the best law ({best.form.name}) has {l} tokens of context cost {regret[l]:+.3f} nats against {curve.best}, but the "
+            raise Refusal(f"at D = {curve.size:.3g} the best law ({best.form.name}) has a context length of {l} cost {regret[l]:+.3f} nats against {curve.best}, but the "
                           f"pilots measured {rows.excess[l]:+.3f} ({rows.low[l]:+.3f} to {rows.high[l]:+.3f}): no law of the list describes these runs")
+
+
+def _whole_curves(runs: pd.DataFrame) -> list[Curve]:
+    """Measured curves of the data sizes at which some seed has every length that was run there."""
+    found = []
+    for _, part in runs.groupby("train_tokens"):
+        whole = part.groupby("seed").context_length.nunique() == part.context_length.nunique()
+        found += measured_curves(part, resamples=1000) if whole.any() else []
+    return found
+
+# %% ../../nbs/theory/planner.ipynb #dc7d3512
+def _check_best(best: Fit, cells: Cells, curves: Sequence[Curve]) -> tuple[float, float]:
+    """Rules 3, 7 and 8; the lack of fit."""
+    if best.r2 < MIN_R2:
+        raise Refusal(f"the best law ({best.form.name}) explains {best.r2:.0%} of the variance of the pilots; at least {MIN_R2:.0%} is needed")
+    lack = lack_of_fit(best, cells)
+    if lack[1] < LACK:
+        raise Refusal(f"no law of the list describes these runs: the best one ({best.form.name}) misses the cells by {np.sqrt(lack[0]):.1f} times what "
+                      f"replicates scatter (lack of fit, p = {lack[1]:.0e})")
+    _check_paired(best, curves)
+    return lack
 
 
 def fit_pilots(table: pd.DataFrame, *, forms: Sequence[str] | None = None, resamples: int = 1000, seed: int = 0) -> Pilots:
@@ -293,7 +390,7 @@ def fit_pilots(table: pd.DataFrame, *, forms: Sequence[str] | None = None, resam
 
     Raises:
         ValueError: a bad table.
-        Refusal: rules 1, 3, 7, 8 and 9, which do not depend on the target.
+        Refusal: rules 1, 3 and 7 to 10, which do not depend on the target.
 
     Source: model weights after Burnham and Anderson (2002).
     """
@@ -302,13 +399,7 @@ def fit_pilots(table: pd.DataFrame, *, forms: Sequence[str] | None = None, resam
     cells, curves = cells_of(runs), _whole_curves(runs)
     fits, weights = _fit_laws(runs, forms)
     best = fits[max(weights, key=weights.get)]
-    if best.r2 < MIN_R2:
-        raise Refusal(f"the best law ({best.form.name}) explains {best.r2:.0%} of the variance of the pilots; at least {MIN_R2:.0%} is needed")
-    lack = lack_of_fit(best, cells)
-    if lack[1] < LACK:
-        raise Refusal(f"no law of the list describes these runs: the best one ({best.form.name}) misses the cells by {np.sqrt(lack[0]):.1f} times what "
-                      f"replicates scatter (lack of fit, p = {lack[1]:.0e})")
-    _check_paired(best, curves)
+    lack = _check_best(best, cells, curves)
     held, widen = None, 1.0
     if runs.train_tokens.nunique() > MIN_SIZES:
         held = hold_out_largest(runs, forms, seed=seed)
@@ -321,15 +412,6 @@ def fit_pilots(table: pd.DataFrame, *, forms: Sequence[str] | None = None, resam
             fits[name] = fit_joint(runs, name, resamples=max(int(count), 50), seed=seed, widen=widen)
             draws[name] = fits[name].samples[:count]
     return Pilots(runs, curves, fits, weights, draws, lack, held)
-
-
-def _whole_curves(runs: pd.DataFrame) -> list[Curve]:
-    """Measured curves of the data sizes at which some seed has every length that was run there."""
-    found = []
-    for _, part in runs.groupby("train_tokens"):
-        whole = part.groupby("seed").context_length.nunique() == part.context_length.nunique()
-        found += measured_curves(part, resamples=1000) if whole.any() else []
-    return found
 
 # %% ../../nbs/theory/planner.ipynb #a13c85ae
 def plan(table: pd.DataFrame, train_tokens: float, *, forms: Sequence[str] | None = None, tolerance: float = TOLERANCE,
@@ -358,7 +440,43 @@ def plan(table: pd.DataFrame, train_tokens: float, *, forms: Sequence[str] | Non
     _check_reach(runs, train_tokens)  # before the fits, which take seconds
     return advise_from(fit_pilots(runs, forms=forms, resamples=resamples, seed=seed), train_tokens, tolerance)
 
+# %% ../../nbs/theory/planner.ipynb #073ee534
+COST_COLUMNS = ("tokens_seen", "tokens_per_s", "parameters", "layers", "width", "peak_memory_mb")
 
+
+def cost_of(pilots: Pilots, pick: int, train_tokens: float) -> tuple[dict[float, Cost], str]:
+    """What training costs at each measured length and at the advice, by what the pilots recorded.
+
+    Args:
+        pilots: from `fit_pilots`.
+        pick: length that is advised.
+        train_tokens: D of the planned run, tokens.
+
+    Returns:
+        Costs by length, of a model and a machine like the pilots'; empty where a column of `COST_COLUMNS` is missing. And the formula.
+
+    Source: Kaplan et al. 2020 (arXiv 2001.08361) for 6 N; Chowdhery et al. 2022 (PaLM), appendix B, for attention, of which the causal mask hides half.
+    """
+    runs = pilots.runs
+    if not set(COST_COLUMNS) <= set(runs) or runs[["parameters", "layers", "width"]].nunique().max() > 1:
+        return {}, ""
+    last = runs[runs.train_tokens == runs.train_tokens.max()]
+    passes = float((last.tokens_seen / last.train_tokens).median())
+    n, layers, width = (float(runs[name].iloc[0]) for name in ("parameters", "layers", "width"))
+    by_length = runs.groupby("context_length")
+    known = by_length.tokens_per_s.median().index.to_numpy(float)
+    l = np.unique(np.r_[known, float(min(pick, known[-1]))])
+    seconds = np.interp(l, known, 1 / by_length.tokens_per_s.median().to_numpy())
+    memory = np.interp(l, known, by_length.peak_memory_mb.max().to_numpy(float))
+    each = 6 * n + 6 * layers * width * (l + 1)
+    data = train_tokens * (6 * n + 6 * layers * width * (pick + 1)) / each
+    equal = pilots.best.predict(l, data)
+    formula = (f"D = {train_tokens:.3g} x {passes:.3g} passes (as the largest pilots had) x (6 N + 6 layers width (l + 1)) FLOPs, N = {n:,.0f}; hours at the pilots' speed "
+               "and memory at their peak, at each length; at equal FLOPs a cheaper length gets so much more data")
+    rows = zip(l, train_tokens * passes * seconds / 3600, train_tokens * passes * each, memory, equal - equal.min())
+    return {(int(length) if length == int(length) else float(length)): Cost(*map(float, row)) for length, *row in rows}, formula
+
+# %% ../../nbs/theory/planner.ipynb #39613fe0
 def advise_from(pilots: Pilots, train_tokens: float, tolerance: float = TOLERANCE, level: float = 0.95) -> Advice:
     """Advise a context length for one more data size.
 
@@ -379,36 +497,48 @@ def advise_from(pilots: Pilots, train_tokens: float, tolerance: float = TOLERANC
     optima = np.concatenate([optimal_lengths(pilots.fits[name].form, draws, train_tokens, shortest, longest) for name, draws in pilots.draws.items()])
     point = float(optimal_lengths(best.form, best.parameters, train_tokens, shortest, longest)[0])
     low, high = percentile_interval(optima, level)
-    low, high = min(float(low), point), max(float(high), point)
     share = float(np.isinf(optima).mean())
-    _check_interval(point, low, high, share, longest)
+    low, high = min(float(low), point), max(float(high), point)
+    if np.isinf(high) and low < longest and _harm(pilots, train_tokens, level) <= tolerance:
+        point = np.inf
+    else:
+        _check_interval(point, low, high, share, longest)
     unbounded = bool(np.isinf(point))
     pick = int(longest) if unbounded else max(1, round(point))
+    low, high = min(low, pick) if not unbounded else low, max(high, pick)  # the advice is a whole number, its interval need not end at one
     useful = np.concatenate([useful_lengths(pilots.fits[name].form, draws, train_tokens, shortest, longest, tolerance) for name, draws in pilots.draws.items()])
     economical = float(useful_lengths(best.form, best.parameters, train_tokens, shortest, longest, tolerance)[0])
     ends = percentile_interval(useful, level)
     regret, regret_ends = _regrets(pilots, pick, point, train_tokens, level)
-    held = pilots.held_out
+    held, (cost, formula) = pilots.held_out, cost_of(pilots, pick, train_tokens)
     advice = Advice(
         train_tokens=float(train_tokens), context_length=pick,
-        interval=(float(longest if np.isinf(low) else low), None if np.isinf(high) else high),
+        interval=(float(min(low, longest) if unbounded else low), None if np.isinf(high) else high),
         economical=economical, economical_interval=(min(float(ends[0]), economical), max(float(ends[1]), economical)), tolerance=tolerance,
         bracketed=bool(not unbounded and shortest < low and high < longest), unbounded=unbounded, law=_spell(best), form=best.form.name,
         loss=float(best.predict(np.array([float(pick)]), np.array([float(train_tokens)]))[0]),
         regret=regret, regret_interval=regret_ends, weights=pilots.weights,
         measured={int(c.size): (c.best, *c.best_interval()) for c in pilots.curves},
-        held_out=None if held is None else (int(held.inside.sum()), len(held), float((held.measured - held.predicted).abs().max())), runs=len(pilots.runs))
+        held_out=None if held is None else (int(held.inside.sum()), len(held), float((held.measured - held.predicted).abs().max())), runs=len(pilots.runs), cost=cost, cost_formula=formula)
     return replace(advice, notes=tuple(_notes(pilots, advice, share)))
 
 # %% ../../nbs/theory/planner.ipynb #44ba3c6f
+def _harm(pilots: Pilots, train_tokens: float, level: float) -> float:
+    """Upper end, over the draws, of what the longest pilot context costs against the best measured or shorter one, nats."""
+    shortest, longest = pilots.reach
+    l = np.geomspace(shortest, longest, 100)
+    loss = np.concatenate([pilots.fits[name].form.evaluate(draws, l, np.full(100, float(train_tokens))) for name, draws in pilots.draws.items()])
+    return float(percentile_interval(loss[:, -1] - loss.min(axis=1), level)[1])
+
+
 def _check_interval(point: float, low: float, high: float, share: float, longest: float) -> None:
     if np.isinf(high) and low < longest:
         raise Refusal(f"the data do not tell whether an optimum exists: in {share:.0%} of the draws longer is always better, in the others the optimum "
-                      f"begins at {low:.0f} tokens; add longer contexts or more seeds")
+                      f"begins at a length of {low:.0f}; add longer contexts or more seeds")
     if np.isfinite(high) and high > MAX_WIDTH * low:
-        raise Refusal(f"the 95 % interval of the optimum reaches from {low:.0f} to {high:.0f} tokens, more than a factor of {MAX_WIDTH:g}: add seeds or a wider grid")
+        raise Refusal(f"the 95 % interval of the optimum reaches from {low:.0f} to {high:.0f}, more than a factor of {MAX_WIDTH:g}: add seeds or a wider grid")
     if np.isfinite(point) and point > MAX_LENGTH_REACH * longest:
-        raise Refusal(f"the fitted optimum, {point:.0f} tokens, is more than {MAX_LENGTH_REACH:g} times beyond the longest pilot context ({longest:.0f}): add longer pilots")
+        raise Refusal(f"the fitted optimum, {point:.0f}, is more than {MAX_LENGTH_REACH:g} times beyond the longest pilot context ({longest:.0f}): add longer pilots")
 
 
 def _regrets(pilots: Pilots, pick: int, point: float, train_tokens: float, level: float) -> tuple[dict, dict]:
@@ -427,7 +557,7 @@ def _regrets(pilots: Pilots, pick: int, point: float, train_tokens: float, level
     keys = [int(l) if l == int(l) else float(l) for l in asked]
     return dict(zip(keys, centre.tolist())), {k: (float(a), float(b)) for k, a, b in zip(keys, low, high)}
 
-
+# %% ../../nbs/theory/planner.ipynb #91f8fed6
 def _spell(fit: Fit) -> str:
     values = ", ".join(f"{name} = {value:.4g}" for name, value in fit.values.items())
     return f"{fit.form.formula} with {values}"
@@ -436,9 +566,11 @@ def _spell(fit: Fit) -> str:
 def _notes(pilots: Pilots, advice: Advice, share: float) -> Iterator[str]:
     (shortest, longest), largest = pilots.reach, pilots.runs.train_tokens.max()
     if advice.unbounded:
-        yield f"unbounded: by the best law no length is too long at this data size; the advice is the longest pilot context, {longest:.0f} tokens"
+        yield f"unbounded: by the best law no length is too long at this data size; the advice is the longest pilot context, {longest:.0f}"
     elif not advice.bracketed:
-        yield f"not bracketed: the interval is not inside the measured context lengths ({shortest:.0f} to {longest:.0f} tokens)"
+        yield f"not bracketed: the interval is not inside the measured context lengths ({shortest:.0f} to {longest:.0f})"
+    if advice.unbounded and advice.interval[0] < longest:
+        yield f"whether an optimum exists is open ({share:.0%} of the draws say no), and does not matter: the longest pilot costs at most {advice.tolerance:g} nats"
     if share and not advice.unbounded:
         yield f"in {share:.1%} of the draws longer is always better"
     if pilots.best.status != "ok":
@@ -449,6 +581,7 @@ def _notes(pilots: Pilots, advice: Advice, share: float) -> Iterator[str]:
         yield f"intervals widened by {np.sqrt(pilots.lack[0]):.2f}, the law's misfit over the scatter of replicates (p = {pilots.lack[1]:.2g})"
     if pilots.held_out is None:
         yield "three data sizes leave none to hold out: the extrapolation is not tested"
+    yield from design_notes(pilots.runs)
     if advice.train_tokens > largest:
         yield f"an extrapolation by a factor of {advice.train_tokens / largest:.3g} in the data"
 
@@ -477,6 +610,23 @@ def describe(advice: Advice, unit: str = "token") -> str:
         inside, count, error = advice.held_out
         lines.append(f"Held out, the largest pilots: {inside} of {count} losses inside their 95 % intervals, largest error {error:.3f} nats.")
     lines += [f"Note: {note}." for note in advice.notes]
-    lines += ["", "context   regret (nats)   95 % interval"]
-    lines += [f"{l:>7}   {advice.regret[l]:>13.4f}   {a:.4f} to {b:.4f}" for l, (a, b) in advice.regret_interval.items()]
-    return "\n".join(lines)
+    lines += ["", "context   regret (nats)   95 % interval   " + ("hours      FLOPs    MiB   regret at equal FLOPs" if advice.cost else "")]
+    for l, (a, b) in advice.regret_interval.items():
+        c = advice.cost.get(l)
+        lines.append(f"{l:>7}   {advice.regret[l]:>13.4f}   {f'{a:.4f} to {b:.4f}':<16}" + (f"{c.hours:>5.2g} {c.flops:>10.2g} {c.memory_mb:>6.0f}   {c.equal_flops:.4f}" if c else ""))
+    return "\n".join(line.rstrip() for line in lines + (["", f"Cost: {advice.cost_formula}."] if advice.cost else []))
+
+
+def describe_refusal(refusal: Refusal, table: pd.DataFrame, unit: str = "token") -> str:
+    """Why there is no advice, and what was measured all the same.
+
+    Args:
+        refusal: what `plan` raised.
+        table: of the pilots.
+        unit: what a token is.
+
+    Returns:
+        Some lines of text.
+    """
+    measured = [f"at {c.size:.3g} {unit}s the best length is {c.best} ({' to '.join(map(str, c.best_interval()))})" for c in _whole_curves(check_runs(table))]
+    return "\n".join([f"Refused: {refusal}.", *([f"Measured all the same: {'; '.join(measured)}."] if measured else [])])

@@ -1,6 +1,6 @@
 /* The page "Which context length?": shows answers that `ctxnb advise` computed beforehand on a grid of data sizes.
 
-   A page holds <div class="planner"> with a <script type="application/json"> in it: title -> {unit, measured, cells, answers}. */
+   A page holds <div class="planner"> with a <script type="application/json"> in it: title -> {unit, simulated, per_token, measured, cells, answers}. */
 "use strict";
 (() => {
   const SVG = "http://www.w3.org/2000/svg", FACTORS = { k: 1e3, m: 1e6, g: 1e9, b: 1e9 };
@@ -44,8 +44,9 @@
   function start(root) {
     const tables = JSON.parse(root.querySelector("script").textContent), panel = document.createElement("form");
     panel.innerHTML = `<label><span>pilots</span><select name="fit">${Object.keys(tables).map((name) => `<option>${name}</option>`).join("")}</select></label>`
-      + '<label><span>training data D</span><input name="exact" inputmode="text" autocomplete="off"><output></output></label>';
-    const [fit, exact] = [panel.querySelector("select"), panel.querySelector("input")];
+      + '<label><span>training data D</span><input name="exact" inputmode="text" autocomplete="off"><output></output></label>'
+      + '<label><span>counted in</span><select name="unit"></select></label>';
+    const [fit, exact, unit] = ["select[name=fit]", "input", "select[name=unit]"].map((name) => panel.querySelector(name));
     const headline = document.createElement("p"), svg = draw("svg", { viewBox: "0 0 640 340", role: "img" }), words = document.createElement("pre"), key = document.createElement("p");
     headline.className = "headline";
     headline.setAttribute("aria-live", "polite");
@@ -54,24 +55,29 @@
     root.append(panel, headline, svg, key, words);
 
     function show() {
-      const pilots = tables[fit.value], asked = tokens(exact.value);
+      const pilots = tables[fit.value], inTokens = unit.value !== `${pilots.unit}s`, asked = tokens(exact.value) * (inTokens ? pilots.per_token : 1);
       if (!(asked > 1)) {
         headline.textContent = "D is a number such as 128000, 300k or 50M.";
         return;
       }
       const answer = pilots.answers.reduce((a, b) => (Math.abs(Math.log(b.D / asked)) < Math.abs(Math.log(a.D / asked)) ? b : a));
-      exact.nextElementSibling.textContent = `${pilots.unit}s; shown: ${answer.D.toLocaleString("en")}`;
-      headline.textContent = answer.headline ?? "No advice; the reason is below, and what to do further down this page.";
+      exact.nextElementSibling.textContent = `${inTokens ? `= ${Math.round(asked).toLocaleString("en")} ` : ""}${pilots.unit}s; shown: ${answer.D.toLocaleString("en")}`;
+      headline.textContent = answer.headline ?? "No advice; the reason is below. ";
+      if (!answer.headline) headline.insertAdjacentHTML("beforeend", '<a href="#what-to-do">What to do</a>');
+      if (pilots.simulated) headline.insertAdjacentHTML("afterbegin", '<span class="badge">simulated</span> ');
       words.textContent = answer.text;
       plot(svg, pilots, answer);
     }
     function reset() {
-      exact.value = String(Math.max(...tables[fit.value].cells.map((c) => c[0])));
+      const pilots = tables[fit.value];
+      unit.innerHTML = [`${pilots.unit}s`, ...(pilots.per_token ? [`GPT-2 tokens, ${pilots.per_token.toFixed(2)} bytes each`] : [])].map((name) => `<option>${name}</option>`).join("");
+      exact.value = String(Math.max(...pilots.cells.map((c) => c[0])));
       show();
     }
     panel.addEventListener("submit", (event) => event.preventDefault());
     fit.addEventListener("change", reset);
     exact.addEventListener("input", show);
+    unit.addEventListener("change", show);
     reset();
   }
   document.addEventListener("DOMContentLoaded", () => document.querySelectorAll("div.planner").forEach(start));
