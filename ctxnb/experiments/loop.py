@@ -117,7 +117,7 @@ class Checkpoint:
         self.saved_at = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """State that was saved last; None where there is no file, a damaged one, or one of another device or PyTorch.
+        """State that was saved last; None where there is no file, a damaged one, or one of another device, PyTorch or set of settings.
 
         Raises:
             ValueError: the file belongs to another run; the differences are named.
@@ -133,8 +133,8 @@ class Checkpoint:
         if theirs != self.identity:
             keys = [key for key in {**theirs, **self.identity} if theirs.get(key) != self.identity.get(key)]
             differences = ", ".join(f"{key} = {theirs.get(key)!r} there, {self.identity.get(key)!r} here" for key in keys)
-            if set(keys) <= {"device", "torch"}:
-                log.warning("starting anew: checkpoint %s was made elsewhere (%s)", self.path, differences)
+            if all(key in ("device", "torch") or not (key in theirs and key in self.identity) for key in keys):
+                log.warning("starting anew: checkpoint %s was made elsewhere or by other code (%s)", self.path, differences)
                 return None
             raise ValueError(f"checkpoint {self.path} is of another run ({differences}): use another folder or remove it")
         return saved["state"]
