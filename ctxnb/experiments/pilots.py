@@ -24,7 +24,7 @@ from .schedule import branch_start
 from .schema import TrainSettings, paired_error
 from .train import BlockLoss, adamw, bfloat16_gain, update
 from ..models.gpt import gpt, gpt_config, parameter_count
-from ..paths import project_root, write_atomic
+from ..paths import write_atomic
 from ..text.corpus import absolute_corpus
 from ..text.tokens import TokenStore, token_store
 from ..text.windows import draw_targets, subset
@@ -499,15 +499,10 @@ def pilots(context: click.Context, corpus: str, train_tokens: float, hours: floa
     CORPUS is sotu, a path (a folder of .txt, a .jsonl, a .parquet), or another name that grids take. The text's horizon sets the
     lengths, a timing of the real model on this machine sets the rest. Prints why each number was chosen.
     """
-    import ctxnb
-
     if output.exists() and not force:
         raise click.UsageError(f"{output} exists: name another file with -o, or say --force", ctx=context)
-    template = Path("nbs/runs/train.ipynb")
-    if not (project_root(output.absolute()) / template).is_file():
-        template = project_root(Path(ctxnb.__file__)) / template
     try:
-        text, reasons, reach = design_pilots(corpus, train_tokens, hours, parameters, tokenizer, str(template))
+        text, reasons, reach = design_pilots(corpus, train_tokens, hours, parameters, tokenizer)
     except (FileNotFoundError, ValueError) as error:
         raise click.UsageError(str(error), ctx=context) from error
     write_atomic(output, text)
