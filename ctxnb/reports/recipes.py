@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['recipe_name', 'read_recipes', 'whole', 'coverage', 'one_model', 'valley', 'plot_recipes', 'recipe_colours',
-           'split_by_recipe', 'plot_split', 'paired_difference', 'memory_gap', 'plot_memory']
+           'split_by_recipe', 'plot_split', 'cost_by_budget', 'paired_difference', 'memory_gap', 'plot_memory']
 
 # %% ../../nbs/reports/recipes.ipynb #705e76f0
 from collections.abc import Sequence
@@ -211,6 +211,24 @@ def plot_split(split: pd.DataFrame, size: int, visible: int, longest: int, unit:
     sns.despine(figure)
     figure.tight_layout()
     return figure
+
+# %% ../../nbs/reports/recipes.ipynb #6b602c15
+def cost_by_budget(runs: pd.DataFrame, visible: int) -> pd.DataFrame:
+    """Difference of the longest length to a short one against the most epochs a run may take, over the recipes with dropout and a choice of epochs.
+
+    Args:
+        runs: from `read_recipes`, of one data size.
+        visible: the short length.
+
+    Returns:
+        A row per recipe with blocks of one length, smallest budget first: columns of `clamped`, `budget` (epochs), `bound` (every run of the longest blocks took the whole budget).
+    """
+    with_dropout = runs.candidates.map(lambda tried: max(dropout for dropout, *_ in tried) > 0)
+    regular = runs[with_dropout & (runs.epochs.map(len) > 1) & (runs.blocks != "mixed")]
+    by_recipe = regular.groupby("recipe_name")
+    longest = regular[regular.context_length == regular.context_length.max()].groupby("recipe_name")
+    about = pd.DataFrame({"budget": by_recipe.epochs.agg(lambda epochs: max(map(max, epochs))), "bound": longest.schedule_bound.all()})
+    return split_by_recipe(regular, visible).droplevel("train_tokens").join(about).sort_values("budget")
 
 # %% ../../nbs/reports/recipes.ipynb #rcpair
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
