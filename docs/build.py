@@ -47,7 +47,7 @@ def find_runs(tables: Iterable[Path]) -> dict[str, Path]:
 
 def find_modules() -> dict[str, Path]:
     """Module name -> file, for the modules that notebooks export and that have public names."""
-    files = [path for path in sorted((ROOT / "ctxnb").rglob("*.py")) if not path.name.startswith("_")]
+    files = [path for path in sorted((ROOT / "ctxnb").rglob("*.py")) if path.name == "__main__.py" or not path.name.startswith("_")]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files if "__all__" in path.read_text(encoding="utf-8")}
 
 

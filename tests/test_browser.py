@@ -202,7 +202,7 @@ def test_front_page_scorecard_planner_and_command_agree():
         table = ROOT / "data/results" / f"{next(name for title, name in PILOTS.items() if title.startswith(start))}.parquet"
         said = re.findall(r"best l = (\d+) \((\d+) to (\d+)\)", CliRunner().invoke(best, [str(table)]).output)
         assert [said[0], said[-1]] == ends, claim
-        (planner,) = [row[2] for row in rows_of("results/advice.html") if row[0].startswith(start) and len(row) == 3]
+        (planner,) = [row[1] for row in rows_of("results/advice.html") if row[0].startswith(start) and len(row) == 5]
         measured = re.findall(r": (\d+) \((\d+) to (\d+)\)", planner)
         assert [measured[0], measured[-1]] == ends, claim
 

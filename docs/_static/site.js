@@ -1,5 +1,5 @@
 // Equations and tables wider than their column are set smaller, down to SMALLEST; what is still too wide scrolls. Long tables show their first rows.
-const SMALLEST = 0.62, ROWS = 5, LONG = 14;
+const SMALLEST = 0.5, ROWS = 5, LONG = 14;
 
 function fit() {
   for (const box of document.querySelectorAll("div.math mjx-container, main table.dataframe")) {
