@@ -36,7 +36,8 @@ site: .venv/.ready  ## rebuild the site from the notebooks and the tables at han
 	$(BIN)/python docs/build.py
 
 lab: .venv/.ready  ## open JupyterLab at its start page
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/start.ipynb --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(if $(filter 0,$(shell id -u)),--allow-root)
+	@$(BIN)/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements 2>/dev/null  # it asks whether to fetch news
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/start.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # Notebooks that take a minute or more: `make test-rest` runs them.
 SLOW_NOTEBOOKS = intrinsic_entropy
