@@ -237,7 +237,6 @@ def execute_run(
     Returns:
         `done`, `failed`, `interrupted`, or `elsewhere` when another process is working on it.
     """
-    _end_with_launcher()
     if in_job:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     lock = run_lock(run.id, runs, -1 if in_job else _patience(run.id, runs))
@@ -253,7 +252,7 @@ def execute_run(
 
 
 def _end_with_launcher() -> None:
-    """End this process when its launcher is gone: a launcher killed with -9 must not leave runs that nobody watches."""
+    """End this worker when its launcher is gone: a launcher killed with -9 must leave neither runs that nobody watches nor idle workers, which may wait for ever for a lock of one that was killed too."""
     launcher = multiprocessing.parent_process()
     if launcher is not None:
         def watch():

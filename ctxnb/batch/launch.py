@@ -27,7 +27,7 @@ from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
 from .code import code_version
-from .execute import execute_run
+from .execute import _end_with_launcher, execute_run
 from .grid import Grid, bullets
 from .jobs import Job, queued_runs
 from .machine import WorkerSlot, hardware, own_cores, slots_for, take_slot, visible_gpus
@@ -339,7 +339,7 @@ def launch(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ctxnb.batch.engine", "matplotlib.pyplot", *plan.grid.template.imports])
     _start_deaf_server()
-    pool = ProcessPool(max_workers=len(slots), max_tasks=1, context=context)
+    pool = ProcessPool(max_workers=len(slots), max_tasks=1, initializer=_end_with_launcher, context=context)
     try:
         return _all_of(todo, plan, pool, slots, engine, in_job)
     except BrokenProcessPool as error:
