@@ -6,71 +6,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 
-from .windows import Subset, Windows
+from .windows import Crops, Subset
 
 # %% auto #0
 __all__ = ['Packed', 'document_positions', 'Stream']
 
 # %% ../../nbs/text/packing.ipynb #7d6eb23d
 @dataclass(frozen=True)
-class Packed:
-    """All crops of l + 1 tokens of the stream in which the pieces of a subset follow each other, `eod` before each.
+class Packed(Crops):
+    """All crops of l + 1 tokens of the stream in which the pieces of a subset follow each other, `eod` before each; a piece may be shorter than a window.
 
     Args:
-        data: training subset; its pieces may be shorter than a window.
-        context_length: visible tokens l.
         eod: id of the end of a document, which does not occur in the text.
     """
 
-    data: Subset
-    context_length: int
     eod: int
 
-    @cached_property
-    def _end(self) -> np.ndarray:
-        return np.cumsum(self.data.lengths + 1)
-
     def __len__(self) -> int:
-        crops = int(self._end[-1]) - self.context_length
-        if crops < 1:
+        tokens = int(self.data.stream_end[-1])
+        if tokens <= self.context_length:
             raise ValueError(
                 f"context_length + 1 = {self.context_length + 1:,} exceeds the packed training subset of "
-                f"{self._end[-1]:,} tokens: expected a shorter context or more train_tokens"
+                f"{tokens:,} tokens: expected a shorter context or more train_tokens"
             )
-        return crops
+        return tokens - self.context_length
 
-    def starts(self, n: int, seed: int, step: int) -> np.ndarray:
-        """Where the windows of `draw` begin in the stream.
+    def _begin(self, crop: np.ndarray) -> np.ndarray:
+        return crop
 
-        Args:
-            n: number of windows.
-            seed: seed of the run.
-            step: number of the step, from 0.
-
-        Returns:
-            int64 array [n].
-        """
-        return np.random.default_rng([seed, 1, step]).integers(len(self), size=n)
-
-    def draw(self, n: int, seed: int, step: int) -> np.ndarray:
-        """Windows of one step.
-
-        Args:
-            n: number of windows.
-            seed: seed of the run.
-            step: number of the step, from 0.
-
-        Returns:
-            int64 array [n, l + 1] of token ids, some of them `eod`.
-        """
-        at = self.starts(n, seed, step)[:, None] + np.arange(self.context_length + 1)
-        piece = np.searchsorted(self._end, at, side="right")
-        within = at - (self._end[piece] - self.data.lengths[piece])  # -1 at the eod before a piece
+    def _tokens(self, at: np.ndarray) -> np.ndarray:
+        piece, within = self._piece(at)
         ids = self.data.tokens[self.data.starts[piece] + np.maximum(within, 0)].astype(np.int64)
         return np.where(within < 0, self.eod, ids)
 
@@ -100,13 +69,12 @@ class Stream:
     """
 
     def __init__(self, data: Subset, eod: int, device: torch.device | str) -> None:
-        end = np.cumsum(data.lengths + 1)
-        tokens = np.full(int(end[-1]), eod, dtype=np.int32)
-        for start, length, stop in zip(data.starts, data.lengths, end):
+        tokens = np.full(int(data.stream_end[-1]), eod, dtype=np.int32)
+        for start, length, stop in zip(data.starts, data.lengths, data.stream_end):
             tokens[stop - length : stop] = data.tokens[start : start + length]
         self.tokens = torch.from_numpy(tokens).to(device)
 
-    def draw(self, windows: Windows | Packed, n: int, seed: int, step: int) -> torch.Tensor:
+    def draw(self, windows: Crops, n: int, seed: int, step: int) -> torch.Tensor:
         """Windows of one step.
 
         Args:

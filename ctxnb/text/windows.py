@@ -5,6 +5,7 @@
 # %% ../../nbs/text/windows.ipynb #ff61aee1
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
     from ctxnb.text.tokens import TokenStore
 
 # %% auto #0
-__all__ = ['Subset', 'subset', 'micro_batches', 'Windows', 'target_weights', 'Targets', 'draw_targets', 'draw_training_targets']
+__all__ = ['Subset', 'subset', 'micro_batches', 'Crops', 'Windows', 'target_weights', 'Targets', 'draw_targets',
+           'draw_training_targets']
 
-# %% ../../nbs/text/windows.ipynb #0fb0675d
+# %% ../../nbs/text/windows.ipynb #fe7ddd03
 @dataclass(frozen=True)
 class Subset:
     """Unique training text: pieces of a token store, none of which crosses a document's end.
@@ -37,7 +39,25 @@ class Subset:
         """Number of unique tokens, D."""
         return int(self.lengths.sum())
 
+    @cached_property
+    def stream_end(self) -> np.ndarray:
+        """int64 [pieces], where each piece ends in the stream in which the pieces follow each other, one token before each."""
+        return np.cumsum(self.lengths + 1)
 
+# %% ../../nbs/text/windows.ipynb #5d3b408d
+def _pieces(store: TokenStore, segment_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of all documents of the training split, or of their segments."""
+    offsets = np.asarray(store.offsets, dtype=np.int64)
+    documents = np.asarray(store.documents("train"), dtype=np.int64)
+    starts, sizes = offsets[documents], offsets[documents + 1] - offsets[documents]
+    if not segment_tokens:
+        return starts, sizes
+    parts = -(-sizes // segment_tokens)
+    within = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
+    offset = within * segment_tokens
+    return np.repeat(starts, parts) + offset, np.minimum(segment_tokens, np.repeat(sizes, parts) - offset)
+
+# %% ../../nbs/text/windows.ipynb #0fb0675d
 def subset(store: TokenStore, train_tokens: int, seed: int, segment_tokens: int = 0) -> Subset:
     """Exactly `train_tokens` unique tokens of the training split, redrawn by the seed and nested within it.
 
@@ -67,19 +87,6 @@ def subset(store: TokenStore, train_tokens: int, seed: int, segment_tokens: int 
     lengths[-1] -= end[pieces - 1] - train_tokens
     return Subset(store.tokens, starts[:pieces], lengths)
 
-
-def _pieces(store: TokenStore, segment_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and lengths of all documents of the training split, or of their segments."""
-    offsets = np.asarray(store.offsets, dtype=np.int64)
-    documents = np.asarray(store.documents("train"), dtype=np.int64)
-    starts, sizes = offsets[documents], offsets[documents + 1] - offsets[documents]
-    if not segment_tokens:
-        return starts, sizes
-    parts = -(-sizes // segment_tokens)
-    within = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
-    offset = within * segment_tokens
-    return np.repeat(starts, parts) + offset, np.minimum(segment_tokens, np.repeat(sizes, parts) - offset)
-
 # %% ../../nbs/text/windows.ipynb #dedb9b93
 def micro_batches(windows: int, context_length: int, micro_tokens: int) -> int:
     """Smallest number of equal micro-batches of at most `micro_tokens` tokens (one window at least).
@@ -95,10 +102,10 @@ def micro_batches(windows: int, context_length: int, micro_tokens: int) -> int:
     fewest = min(windows, -(-windows * context_length // micro_tokens))
     return next(parts for parts in range(fewest, windows + 1) if windows % parts == 0)
 
-# %% ../../nbs/text/windows.ipynb #54b120ca
+# %% ../../nbs/text/windows.ipynb #29925a02
 @dataclass(frozen=True)
-class Windows:
-    """All crops of l + 1 tokens that lie inside one piece of a subset.
+class Crops(ABC):
+    """Crops of l + 1 tokens, drawn from a step number, of the stream in which the pieces of a subset follow each other, one token before each.
 
     Args:
         data: training subset.
@@ -107,6 +114,43 @@ class Windows:
 
     data: Subset
     context_length: int
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def _begin(self, crop: np.ndarray) -> np.ndarray:
+        """Where crops, by number, begin in the stream."""
+
+    @abstractmethod
+    def _tokens(self, at: np.ndarray) -> np.ndarray:
+        """Token ids of windows [n, l + 1] of positions in the stream."""
+
+    def _piece(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Piece of positions in the stream, and which of its tokens; -1 for the one before it."""
+        piece = np.searchsorted(self.data.stream_end, at, side="right")
+        return piece, at - (self.data.stream_end[piece] - self.data.lengths[piece])
+
+    def starts(self, n: int, seed: int, step: int) -> np.ndarray:
+        """Where the windows of one step begin in the stream.
+
+        Args:
+            n: number of windows.
+            seed: seed of the run.
+            step: number of the step, from 0.
+
+        Returns:
+            int64 array [n].
+        """
+        return self._begin(np.random.default_rng([seed, 1, step]).integers(len(self), size=n))
+
+    def draw(self, n: int, seed: int, step: int) -> np.ndarray:
+        """Windows of one step: int64 array [n, l + 1] of token ids; arguments as for `starts`."""
+        return self._tokens(self.starts(n, seed, step)[:, None] + np.arange(self.context_length + 1))
+
+# %% ../../nbs/text/windows.ipynb #54b120ca
+class Windows(Crops):
+    """All crops of l + 1 tokens that lie inside one piece of a subset."""
 
     @cached_property
     def _end(self) -> np.ndarray:
@@ -121,41 +165,13 @@ class Windows:
     def __len__(self) -> int:
         return int(self._end[-1])
 
-    def _crops(self, n: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Piece of each window of a step, and where in it the window begins."""
-        crop = np.random.default_rng([seed, 1, step]).integers(len(self), size=n)
+    def _begin(self, crop: np.ndarray) -> np.ndarray:
         piece = np.searchsorted(self._end, crop, side="right")
-        from_end = self._end[piece] - crop  # 1 .. number of crops in the piece
-        return piece, self.data.lengths[piece] - self.context_length - from_end
+        return self.data.stream_end[piece] - self.context_length - (self._end[piece] - crop)  # 1 .. number of crops in the piece, from its end
 
-    def starts(self, n: int, seed: int, step: int) -> np.ndarray:
-        """Where the windows of `draw` begin in the stream of all pieces, one token before each.
-
-        Args:
-            n: number of windows.
-            seed: seed of the run.
-            step: number of the step, from 0.
-
-        Returns:
-            int64 array [n], see `ctxnb.text.packing.Stream`.
-        """
-        piece, within = self._crops(n, seed, step)
-        return np.cumsum(self.data.lengths + 1)[piece] - self.data.lengths[piece] + within
-
-    def draw(self, n: int, seed: int, step: int) -> np.ndarray:
-        """Windows of one step.
-
-        Args:
-            n: number of windows.
-            seed: seed of the run.
-            step: number of the step, from 0.
-
-        Returns:
-            int64 array [n, l + 1] of token ids.
-        """
-        piece, within = self._crops(n, seed, step)
-        start = self.data.starts[piece] + within
-        return self.data.tokens[start[:, None] + np.arange(self.context_length + 1)].astype(np.int64)
+    def _tokens(self, at: np.ndarray) -> np.ndarray:
+        piece, first = self._piece(at[:, :1])
+        return self.data.tokens[self.data.starts[piece] + first + at - at[:, :1]].astype(np.int64)
 
 # %% ../../nbs/text/windows.ipynb #028462b6
 def target_weights(length: int, context_length: int) -> np.ndarray:
@@ -172,7 +188,7 @@ def target_weights(length: int, context_length: int) -> np.ndarray:
     crops = max(0, length - context_length)
     return np.minimum.reduce([j, length - j, np.full(length, min(context_length, crops))])
 
-# %% ../../nbs/text/windows.ipynb #28c21b89
+# %% ../../nbs/text/windows.ipynb #e11590a5
 @dataclass(frozen=True)
 class Targets:
     """Tokens to predict, shared by every context length up to `max_context`.
@@ -208,7 +224,7 @@ class Targets:
         target = np.asarray(store.offsets, dtype=np.int64)[self.document] + self.position
         return store.tokens[target[:, None] + np.arange(-context_length, 1)].astype(np.int64)
 
-
+# %% ../../nbs/text/windows.ipynb #28c21b89
 def draw_targets(store: TokenStore, split: str, max_context: int, per_document: int, seed: int = 0) -> Targets:
     """A fixed random set of targets in the documents of a split.
 
