@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from .batch.grid import Grid, read_grid
+from .batch.grid import Grid, grid_toml, read_grid
 from .batch.launch import Plan, launch, states_now
 from .batch.launch import plan as make_plan
 from .batch.record import LOG
@@ -559,13 +559,14 @@ def _lengths(context: click.Context, option: click.Option, text: str) -> list[in
 def _losses_grid(text: Any, lengths: list[int], settings: dict[str, Any], runs_dir: Path | None) -> Grid:
     """The grid of a measurement, written into the folder of the runs under a name that its settings decide."""
     from ctxnb.batch.template import digest
-    from ctxnb.experiments.measure_any import grid_toml
 
     notebook = shipped("nbs/runs/measure.ipynb")
     folder = _runs_folder(None, runs_dir) / "losses"
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{text.source.name[:30]}-{Path(settings['corpus']).stem[:30]}-{digest([settings, lengths])[:8]}"
-    return read_grid(write_atomic(folder / f"{name}.toml", grid_toml(notebook, settings, lengths)))
+    content = grid_toml(notebook, "ctxnb.experiments.measure:measured_text", settings, {"context_length": lengths}, {"workers": 1, "minutes": 1.0},
+                        "Written by `ctxnb losses`. A copy can be changed and run like any grid: ctxnb run FILE")
+    return read_grid(write_atomic(folder / f"{name}.toml", content))
 
 # %% ../nbs/cli.ipynb #5803fb7a
 def _write_losses(table: Any, text: Any, output: Path, ending: str) -> str:
@@ -585,10 +586,11 @@ def _write_losses(table: Any, text: Any, output: Path, ending: str) -> str:
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(output / "losses.csv", rows.to_csv(index=False))
     plot_losses([losses]).savefig(output / "losses.png", dpi=150)
+    file = output / f"documents{ending}"
     if ending == ".parquet":
-        documents.to_parquet(output / "documents.parquet", index=False)
+        documents.to_parquet(file, index=False)
     else:
-        write_atomic(output / "documents.jsonl", documents.to_json(orient="records", lines=True))
+        write_atomic(file, documents.to_json(orient="records", lines=True))
     return rows.to_string(index=False, float_format="{:.4f}".format)
 
 # %% ../nbs/cli.ipynb #807f0fa8
@@ -641,8 +643,9 @@ def losses(model: str, text: str, context: list[int], tokenizer: str, targets: i
     if after.counts.keys() != {"done"}:
         sys.exit(_ending(after))
     output = output or Path(f"losses-{Path(text).stem}")
-    click.echo(_write_losses(results_table(after), read, output, Path(text).suffix.lower()))
-    click.echo(f"written to {output}: losses.csv, losses.png, documents{'.parquet' if Path(text).suffix.lower() == '.parquet' else '.jsonl'}", err=True)
+    ending = ".parquet" if Path(text).suffix.lower() == ".parquet" else ".jsonl"
+    click.echo(_write_losses(results_table(after), read, output, ending))
+    click.echo(f"written to {output}: losses.csv, losses.png, documents{ending}", err=True)
 
 # %% ../nbs/cli.ipynb #c8c863f4
 @main.command()
@@ -686,11 +689,11 @@ def best(results: Path, clamped: int | None, tolerance: float) -> None:
 
     try:
         table = read_table(results, "runs")
-        for note in _lacking(table):
-            click.echo(f"  note: {note}", err=True)
-        click.echo(headline(measured_curves(table), unit_of(table), tolerance))
-        for note in design_notes(table):
+        if table.context_length.nunique() == 1:
+            raise ValueError(f"all runs have context_length {table.context_length.iloc[0]}: expected at least two lengths to compare")
+        for note in design_notes(table):  # first: what is missing may be why no comparison is left
             click.echo(f"Note: {note}.", err=True)
+        click.echo(headline(measured_curves(table), unit_of(table), tolerance))
         if clamped is not None:
             from ctxnb.reports import train
 
@@ -698,20 +701,6 @@ def best(results: Path, clamped: int | None, tolerance: float) -> None:
             click.echo("\n" + train.clamped_words(train.clamped(runs, clamped), clamped, unit_of(runs)))
     except (FileNotFoundError, ValueError) as error:
         raise click.UsageError(str(error)) from error
-
-# %% ../nbs/cli.ipynb #82e73cd9
-def _lacking(table) -> list[str]:
-    """Runs that a table lacks, in words; refuses a table of one context length."""
-    lengths, notes = set(table.context_length), []
-    if len(lengths) == 1:
-        raise ValueError(f"all runs have context_length {lengths.pop()}: expected at least two lengths to compare")
-    for size, rows in table.groupby("train_tokens"):
-        if lost := sorted(lengths - set(rows.context_length)):
-            notes.append(f"D = {size:,} has no run at l = {', '.join(map(str, lost))}, which other sizes have")
-        found = rows.groupby("seed").context_length.nunique()
-        if part := found.index[found < rows.context_length.nunique()].tolist():
-            notes.append(f"D = {size:,}: seeds {', '.join(map(str, part))} are left out, since they lack some of its context lengths")
-    return notes
 
 # %% ../nbs/cli.ipynb #7ea6d408
 @main.command()

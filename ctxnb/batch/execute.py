@@ -251,16 +251,6 @@ def execute_run(
         return "elsewhere"
 
 
-def _end_with_launcher() -> None:
-    """End this worker when its launcher is gone: a launcher killed with -9 must leave neither runs that nobody watches nor idle workers, which may wait for ever for a lock of one that was killed too."""
-    launcher = multiprocessing.parent_process()
-    if launcher is not None:
-        def watch():
-            launcher.join()
-            end_process("its launcher is gone")
-        threading.Thread(target=watch, daemon=True).start()
-
-
 def _patience(run_id: str, runs: Path) -> float:
     """Seconds to wait for a run's lock: long enough to be sure where its owner gives no sign of life, else one."""
     from ctxnb.batch.states import LEASE_SECONDS

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -27,12 +28,12 @@ from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
 from .code import code_version
-from .execute import _end_with_launcher, execute_run
+from .execute import execute_run
 from .grid import Grid, bullets
 from .jobs import Job, queued_runs
 from .machine import WorkerSlot, hardware, own_cores, slots_for, take_slot, visible_gpus
 from .runs import DataSource, Run, prepared, runs_of
-from .states import RunState, partial_path, read_status, run_lock, states_of, write_status
+from .states import RunState, end_process, partial_path, read_status, run_lock, states_of, write_status
 from .template import GridError, load
 
 # %% ../../nbs/batch/launch.ipynb #130ffc38
@@ -107,7 +108,7 @@ def not_here(parameters: dict, settings: type | None) -> list[str]:
 
 def _refuse_here(plan: Plan, todo: list[Run]) -> None:
     """Refuse runs that this machine can't compute, naming each."""
-    settings = load(plan.grid.template.settings, "Settings") if plan.grid.template.settings else None
+    settings = plan.grid.template.settings_class
     if refused := [f"{run.label}: {reason}" for run in todo for reason in not_here(run.parameters, settings)]:
         raise GridError(bullets(f"{plan.grid.path}: {len(refused)} runs can't be computed on this machine", refused))
 
@@ -148,7 +149,7 @@ def plan(
 
 def _checked(planned: Plan, source: DataSource) -> tuple[list[str], list[str]]:
     """Why runs that are to do would fail, as far as their data and their settings class can tell; and warnings."""
-    settings = load(planned.grid.template.settings, "Settings") if planned.grid.template.settings else None
+    settings = planned.grid.template.settings_class
     refused, warnings = [], []
     for run in planned.to_do(retry_failed=True):
         data = source.open(run.parameters)
@@ -235,6 +236,19 @@ def _start_deaf_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 # %% ../../nbs/batch/launch.ipynb #62e90c1c
+def _end_with_launcher() -> None:
+    """End this worker when its launcher is gone, which runs that nobody watches must not outlive.
+
+    From a worker's start, not only in a run: an idle one may wait for ever for a lock of another worker that was killed too.
+    """
+    launcher = multiprocessing.parent_process()
+    if launcher is not None:
+        def watch():
+            launcher.join()
+            end_process("its launcher is gone")
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def _work(slots: list[WorkerSlot], folder: Path, run: Run, code: str, engine: str, runs: Path, in_job: bool) -> str:
     """What a worker does: take a free slot, execute the run."""
     slot, held = take_slot(slots, folder)  # `held` until this process ends

@@ -115,6 +115,11 @@ class Template:
     code_hash: str
     imports: tuple[str, ...]
 
+    @property
+    def settings_class(self) -> type | None:
+        """The class that `settings` names; None where it names none."""
+        return load(self.settings, f"{self.name}: Settings") if self.settings else None
+
 
 def read_template(
     path: Path | str,

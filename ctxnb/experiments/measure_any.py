@@ -5,7 +5,6 @@
 # %% ../../nbs/experiments/measure_any.ipynb #8aef0c51
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from ctxnb.experiments.measure import MeasuredText
 
 # %% auto #0
-__all__ = ['reach_of', 'lengths_to_measure', 'spread_targets', 'losses_settings', 'grid_toml', 'reading_speed', 'tokens_to_read']
+__all__ = ['reach_of', 'lengths_to_measure', 'spread_targets', 'losses_settings', 'reading_speed', 'tokens_to_read']
 
 # %% ../../nbs/experiments/measure_any.ipynb #415775f6
 _LONGEST = 256
@@ -134,28 +133,6 @@ def losses_settings(
     settings |= dict(trim_start=0, trim_end=0, layers=[], estimators=False, positions=0)
     MeasureSettings(context_length=lengths[0], **settings)  # refuses what is out of range
     return text, lengths, settings
-
-# %% ../../nbs/experiments/measure_any.ipynb #0e58fb53
-def grid_toml(notebook: Path | str, settings: dict[str, Any], lengths: Sequence[int], minutes: float = 1.0) -> str:
-    """Grid of a measurement, a run for each length.
-
-    Args:
-        notebook: the template.
-        settings: its parameters.
-        lengths: values of `context_length`.
-        minutes: guess of the duration of a run.
-
-    Returns:
-        Content of the file.
-    """
-    def value(of: Any) -> str:
-        return json.dumps(of, ensure_ascii=False)
-
-    return "\n".join([
-        "# Written by `ctxnb losses`. A copy can be changed and run like any grid: ctxnb run FILE",
-        f"notebook = {value(str(notebook))}", 'data = "ctxnb.experiments.measure:measured_text"', "", "[parameters]",
-        *(f"{name} = {value(of)}" for name, of in settings.items()), "", "[axes]", f"context_length = {value(list(lengths))}", "",
-        "[resources]", "workers = 1", f"minutes = {minutes}", ""])
 
 # %% ../../nbs/experiments/measure_any.ipynb #6a6db9bf
 def reading_speed(text: MeasuredText, settings: dict[str, Any], tokens: int = 512) -> tuple[float, float]:

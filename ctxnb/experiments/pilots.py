@@ -5,7 +5,6 @@
 # %% ../../nbs/experiments/pilots.ipynb #efd2ae63
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import click
 import numpy as np
 import torch
 
+from ..batch.grid import grid_toml
 from ..batch.machine import own_cores, visible_gpus
 from .horizon import choose_lags, measure_horizon
 from .loop import choose_device
@@ -391,17 +391,12 @@ def grid_text(design: Design, speed: Speed, corpus: str, tokenizer: str, min_tok
     Returns:
         Text.
     """
-    def lines(values: dict) -> str:
-        return "\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items())
-
     parameters = {"corpus": corpus, "tokenizer": tokenizer, "min_tokens": min_tokens} | design.parameters() | {"device": speed.device, "precision": speed.precision}
     axes = {"train_tokens": design.sizes, "context_length": design.lengths, "seed": list(range(design.seeds))}
     resources = {"workers": speed.workers, "minutes": round(minutes, 3)} | ({"gpus": 1} if speed.device == "cuda" else {})
-    head = "\n".join(f"# {reason}" for reason in reasons)
-    return (f"# Pilots, written by `ctxnb pilots`.\n#\n{head}\nnotebook = {json.dumps(notebook)}\ndata = \"ctxnb.text.tokens:token_store\"\n\n"
-            f"[parameters]\n{lines(parameters)}\n\n[axes]\n{lines(axes)}\n\n[resources]\n{lines(resources)}\n")
+    return grid_toml(notebook, "ctxnb.text.tokens:token_store", parameters, axes, resources, "\n".join(["Pilots, written by `ctxnb pilots`.", "", *reasons]))
 
-
+# %% ../../nbs/experiments/pilots.ipynb #16208392
 def reasons_of(design: Design, speed: Speed, train_tokens: float, parameters: int, why: str, hours: float, asked: float, available: int, documents: int) -> list[str]:
     """Why each number was chosen.
 
