@@ -17,7 +17,7 @@ from typing import Any
 
 from .privacy import secret_in
 from .resources import Resources, leaves, read_resources, read_toml, typed
-from .template import GridError, Template, load, read_template, unknown
+from .template import GridError, Template, read_template, unknown
 from ..paths import project_root, shipped
 
 # %% ../../nbs/batch/grid.ipynb #26cf4bb9

@@ -34,7 +34,7 @@ from .jobs import Job, queued_runs
 from .machine import WorkerSlot, hardware, own_cores, slots_for, take_slot, visible_gpus
 from .runs import DataSource, Run, prepared, runs_of
 from .states import RunState, end_process, partial_path, read_status, run_lock, states_of, write_status
-from .template import GridError, load
+from .template import GridError
 
 # %% ../../nbs/batch/launch.ipynb #130ffc38
 @dataclass(frozen=True)

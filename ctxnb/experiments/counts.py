@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .schema import CountSettings
+from .schema import CountSettings, open_text
 from ..stats.bootstrap import cluster_error
-from ..text.identity import check_planned
-from ..text.tokens import TokenStore, token_store
+from ..text.tokens import TokenStore
 from ..text.windows import Subset, draw_targets, subset
 
 # %% auto #0
@@ -209,8 +208,7 @@ def measure_counts(*, store: TokenStore | None = None, **settings) -> dict:
     s = CountSettings(**settings)
     wanted = list(s.context_lengths)
     if store is None:
-        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens, skip_bad=s.skip_bad)
-        check_planned(store.digest)
+        store = open_text(s)
     data = subset(store, s.train_tokens, s.seed, s.segment_tokens)
     targets = draw_targets(store, "test", s.max_context, s.test_targets, s.targets_seed)
     windows = targets.windows(store, s.max_context)[:, s.max_context - wanted[-1] :]  # those of length 0 are targets alone
@@ -231,9 +229,7 @@ def measure_counts(*, store: TokenStore | None = None, **settings) -> dict:
         **{f"discount_{i + 1}": said.discount[wanted, i].tolist() for i in range(3)},
         "document": document.tolist(),
         "document_targets": count.tolist(),
-        "data_digest": store.digest,
-        "skipped_documents": store.skipped,
-        "test_overlap": store.overlap,
+        **store.provenance,
         "count_seconds": seconds,
         "tokens_per_s": s.train_tokens * (wanted[-1] + 1) / seconds,
     }

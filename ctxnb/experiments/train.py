@@ -31,12 +31,11 @@ from .group import all_mean, in_group, on_rank0, rank, world_size
 from .loop import Checkpoint, MicroBatch, Progress, TrainingDiverged, choose_device, copy_state, fit
 from .losses import Evaluation, autocast, evaluate, next_token_losses, shorter_contexts
 from .schedule import branch_start, learning_rate_at, survivors
-from .schema import TrainResult, TrainSettings
+from .schema import TrainResult, TrainSettings, open_text
 from ..models.gpt import gpt, gpt_config, without_mask
-from ..text.identity import check_planned
 from ..text.packing import Packed, Stream, document_positions
-from ..text.tokens import TokenStore, token_store
-from ..text.windows import Subset, Targets, Windows, draw_targets, draw_training_targets, micro_batches, subset
+from ..text.tokens import TokenStore
+from ..text.windows import Crops, Subset, Targets, Windows, draw_targets, draw_training_targets, micro_batches, subset
 
 log = logging.getLogger("ctxnb")
 
@@ -60,7 +59,7 @@ class Text(NamedTuple):
 
     store: TokenStore
     data: Subset
-    windows: dict[int, Windows | Packed]
+    windows: dict[int, Crops]
     dev: Targets
     test: Targets
     train: Targets
@@ -80,8 +79,7 @@ def read_text(s: TrainSettings, store: TokenStore | None = None) -> Text:
         ValueError: D exceeds the training split, or no window or no target fits in a document.
     """
     if store is None:
-        store = token_store(s.corpus, s.tokenizer, s.text_column, s.percent, s.start_from, s.min_tokens, skip_bad=s.skip_bad)
-        check_planned(store.digest)
+        store = open_text(s)
     data = subset(store, s.train_tokens, s.seed, s.segment_tokens)
     inside = s.windows == "inside"
     windows = {length: Windows(data, length) if inside else Packed(data, length, store.eod) for length in s.block_lengths}
@@ -576,9 +574,7 @@ def describe(job: Job) -> dict:
         "dev_loss": best["dev_loss"],
         "vocab_size": text.store.vocab_size,
         "bytes_per_token": text.store.bytes_per_token("test"),
-        "data_digest": text.store.digest,
-        "skipped_documents": text.store.skipped,
-        "test_overlap": text.store.overlap,
+        **text.store.provenance,
         "usable_share": usable_share(s, text.data),
         "exposure_context": edges,
         "exposure_share": (np.histogram(visible, [*edges, 2 * edges[-1]])[0] / len(visible)).tolist(),

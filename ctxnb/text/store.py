@@ -190,6 +190,11 @@ class TokenStore(StoreFiles):
         return self.manifest.get("skipped", 0)
 
     @property
+    def provenance(self) -> dict[str, str | int | float | None]:
+        """What the row of a run says of its text: `data_digest`, `skipped_documents`, `test_overlap`."""
+        return {"data_digest": self.digest, "skipped_documents": self.skipped, "test_overlap": self.overlap}
+
+    @property
     def notes(self) -> list[str]:
         """What was left out of the text, and what its splits share, in words."""
         dropped = self.manifest["dropped"]["documents"]

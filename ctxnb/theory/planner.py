@@ -461,15 +461,21 @@ def cost_of(pilots: Pilots, pick: int, train_tokens: float) -> tuple[dict[float,
     if not set(COST_COLUMNS) <= set(runs) or runs[["parameters", "layers", "width"]].nunique().max() > 1:
         return {}, ""
     last = runs[runs.train_tokens == runs.train_tokens.max()]
+
+    def flops(length):
+        """Of training on one token."""
+        return 6 * n + 6 * layers * width * (length + 1)
+
     passes = float((last.tokens_seen / last.train_tokens).median())
     n, layers, width = (float(runs[name].iloc[0]) for name in ("parameters", "layers", "width"))
     by_length = runs.groupby("context_length")
-    known = by_length.tokens_per_s.median().index.to_numpy(float)
+    speed = by_length.tokens_per_s.median()
+    known = speed.index.to_numpy(float)
     l = np.unique(np.r_[known, float(min(pick, known[-1]))])
-    seconds = np.interp(l, known, 1 / by_length.tokens_per_s.median().to_numpy())
+    seconds = np.interp(l, known, 1 / speed.to_numpy())
     memory = np.interp(l, known, by_length.peak_memory_mb.max().to_numpy(float))
-    each = 6 * n + 6 * layers * width * (l + 1)
-    data = train_tokens * (6 * n + 6 * layers * width * (pick + 1)) / each
+    each = flops(l)
+    data = train_tokens * flops(pick) / each
     equal = pilots.best.predict(l, data)
     formula = (f"D = {train_tokens:.3g} x {passes:.3g} passes (as the largest pilots had) x (6 N + 6 layers width (l + 1)) FLOPs, N = {n:,.0f}; hours at the pilots' speed "
                "and memory at their peak, at each length; at equal FLOPs a cheaper length gets so much more data")
