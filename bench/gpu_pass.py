@@ -227,14 +227,11 @@ def fastest_way(rows: list[dict], failures: list[str]) -> str:
     return min(seconds, key=seconds.get) if seconds else "eager"
 
 
-def toml(value) -> str:
-    """A value as TOML writes it."""
-    return json.dumps(value)
-
-
 def small_grid(run: Pass) -> Path:
     """The grid at tiny sizes on generated text: the same template, runner and table."""
     import random
+
+    from ctxnb.batch.grid import grid_toml
 
     words = random.Random(0).sample([a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "lnrst"], 200)
     chance = random.Random(1)
@@ -244,10 +241,8 @@ def small_grid(run: Pass) -> Path:
     parameters = content["parameters"] | TINY | {"corpus": str(corpus)}
     grid = run.work / "quick" / "train.toml"
     grid.parent.mkdir()
-    lines = [f"notebook = {toml(str(ROOT / content['notebook']))}", "data = \"ctxnb.text.tokens:token_store\"", "[parameters]"]
-    lines += [f"{name} = {toml(value)}" for name, value in parameters.items()]
-    lines += ["[axes]", *(f"{name} = {toml(value)}" for name, value in TINY_AXES.items()), "[resources]", "workers = 2", "minutes = 0.1"]
-    grid.write_text("\n".join(lines) + "\n")
+    resources = {"workers": 2, "minutes": 0.1}
+    grid.write_text(grid_toml(ROOT / content["notebook"], content["data"], parameters, TINY_AXES, resources))
     return grid
 
 
@@ -265,12 +260,11 @@ def science(run: Pass) -> None:
 
 
 def others(run: Pass) -> None:
-    """Where time is left: each a grid of its own, whose table grows with each pass."""
-    if run.rehearse:
-        return
-    copy_largest_model(run)
+    """Where time is left: each a grid of its own, whose table grows with each pass. The rehearsal has the one that needs no model of the grid before it."""
+    if not run.rehearse:
+        copy_largest_model(run)
     standard = ROOT / "data/grids/standard"
-    for name, options in OTHERS.items():
+    for name, options in (TINY_OTHERS if run.rehearse else OTHERS).items():
         grid = standard / f"{name}.toml"
         if run.left > 10:
             run.step(name, [*CTXNB, "run", grid, *options], run.left, keep=lambda step, grid=grid, options=options: keep(run, step, grid, options), environment={"CTXNB_STEP": run.way})
@@ -281,6 +275,10 @@ OTHERS = {
     "synthetic_transformer": ["--only", "seed=0"],
     "measure_tokens": [],
     "limited": ["--set", "device=cuda", "--only", "train_tokens=800000", "--only", "context_length=16,64,256"],
+}
+TINY_OTHERS = {
+    "synthetic_transformer": ["--only", "seed=0", *(word for change in ("epochs=1", "width=16", "layers=2", "visible=[15,60]", "train_samples=2000", "dev_samples=500",
+                              "test_samples=500", "feature_samples=300") for word in ("--set", change))],
 }
 
 
@@ -329,6 +327,7 @@ def main() -> int:
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     run = Pass(arguments.out, arguments.work, arguments.began + arguments.seconds, arguments.rehearse)
+    run.report()  # there is one also where the parts that were asked for have no step
     for part in (correctness, speed, science, others):
         if arguments.only in (None, part.__name__):
             part(run)
