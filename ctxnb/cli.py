@@ -30,7 +30,7 @@ from .batch.template import GridError, unknown
 from .paths import INSTALLED, project_root, shipped, write_atomic
 from .paths import runs_dir as default_runs_dir
 
-# %% ../nbs/cli.ipynb #96b0d9b4
+# %% ../nbs/cli.ipynb #cba67324
 EXIT_CODES = {
     0: "all is well; for `run`, every selected run is done",
     1: "a run failed or was interrupted; the message says which, and where its log is",
@@ -38,6 +38,8 @@ EXIT_CODES = {
     3: "not finished yet: runs are queued, running, or another process works on them",
     130: "stopped with ctrl-C; the same command resumes",
 }
+
+
 _BEGIN = """\b
 To begin:     ctxnb grids          the grids that come with it, to copy
               ctxnb plan GRID      what there is to do; starts nothing
@@ -50,7 +52,7 @@ If it fails:  ctxnb logs RUN       what the run said, and where it stopped
 Exit codes:
 """
 
-
+# %% ../nbs/cli.ipynb #963fe1c9
 class _Group(click.Group):
     """The group, with commands that are imported only when called: `status` must not wait for scipy."""
 

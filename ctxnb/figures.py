@@ -56,50 +56,8 @@ def _scale(values: Iterable[int], palette: str) -> dict[int, tuple]:
     ranked = sorted(set(values))
     return dict(zip(ranked, sns.color_palette(palette, len(ranked))))
 
-# %% ../nbs/figures.ipynb #d6606567
+# %% ../nbs/figures.ipynb #b67d8ada
 MOST_POINTS, MOST_CELLS = 300, 2000  # of one curve and one map; what has more is thinned evenly, and the file says so
-
-
-def figure_table(figure: Figure) -> pd.DataFrame:
-    """What a figure shows, as numbers.
-
-    Args:
-        figure: with lines, points, bands, error bars, bars and maps.
-
-    Returns:
-        A row for each point: `panel` (its title or number), `series` (its legend entry, or its colour where it has none), `kind`, `x`, `y`, and where there is one
-        `low`, `high` (ends of a band, bar of error, or shaded strip) and `value` (of a map). Columns that would be empty are left out.
-    """
-    panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>" and ax.axison]
-    rows = [{"panel": _panel(ax, i), **row} for i, ax in enumerate(panels) for row in _rows(ax)]
-    table = pd.DataFrame(rows, columns=["panel", "series", "kind", "x", "y", "low", "high", "value"])
-    return table.dropna(axis=1, how="all")
-
-
-def _panel(ax: Axes, i: int) -> str:
-    return ax.get_title() or f"panel {i + 1}"
-
-
-def _rows(ax: Axes) -> Iterator[dict]:
-    names = _legend_names(ax)
-    drawn = set()  # parts of error bars and bar charts, which are also listed by themselves
-    for container in ax.containers:
-        yield from _container(container, names)
-        drawn |= set(container.get_children())
-    for artist in [*ax.lines, *ax.collections, *ax.patches]:
-        if artist not in drawn and artist.get_visible():
-            yield from _artist(ax, artist, names)
-
-
-def _legend_names(ax: Axes) -> dict[str, str]:
-    """Colour -> name, for series that share the colour of a legend entry of this or a neighbouring panel."""
-    names = {}
-    for other in [*ax.figure.axes, ax]:
-        handles, labels = other.get_legend_handles_labels()
-        for handle, label in zip(handles, labels):
-            if not isinstance(handle, (ErrorbarContainer, BarContainer)):
-                names[_colour(handle)] = label
-    return names
 
 
 def _colour(artist) -> str:
@@ -118,6 +76,17 @@ def _thin(*columns: np.ndarray) -> Iterator[tuple]:
     return zip(*(column[::step] for column in columns))
 
 
+def _legend_names(ax: Axes) -> dict[str, str]:
+    """Colour -> name, for series that share the colour of a legend entry of this or a neighbouring panel."""
+    names = {}
+    for other in [*ax.figure.axes, ax]:
+        handles, labels = other.get_legend_handles_labels()
+        for handle, label in zip(handles, labels):
+            if not isinstance(handle, (ErrorbarContainer, BarContainer)):
+                names[_colour(handle)] = label
+    return names
+
+# %% ../nbs/figures.ipynb #3df3433f
 def _container(container, names: dict[str, str]) -> Iterator[dict]:
     label = str(container.get_label())
     if isinstance(container, ErrorbarContainer):
@@ -131,7 +100,7 @@ def _container(container, names: dict[str, str]) -> Iterator[dict]:
         for bar in container.patches:
             yield {"series": "" if label.startswith("_") else label, "kind": "bar", "x": bar.get_x() + bar.get_width() / 2, "y": bar.get_height()}
 
-
+# %% ../nbs/figures.ipynb #eeb65ea3
 def _artist(ax: Axes, artist, names: dict[str, str]) -> Iterator[dict]:
     series = {"series": _name(artist, names)} if not isinstance(artist, QuadMesh) else {"series": ""}
     match artist:
@@ -176,7 +145,38 @@ def _map(ax: Axes, mesh: QuadMesh) -> Iterator[dict]:
             x, y = (columns[j], rows[i]) if named else centres[i, j]
             yield {"series": "", "kind": "map", "x": x, "y": y, "value": values[i, j]}
 
+# %% ../nbs/figures.ipynb #f87ab5d9
+def _panel(ax: Axes, i: int) -> str:
+    return ax.get_title() or f"panel {i + 1}"
 
+
+def _rows(ax: Axes) -> Iterator[dict]:
+    names = _legend_names(ax)
+    drawn = set()  # parts of error bars and bar charts, which are also listed by themselves
+    for container in ax.containers:
+        yield from _container(container, names)
+        drawn |= set(container.get_children())
+    for artist in [*ax.lines, *ax.collections, *ax.patches]:
+        if artist not in drawn and artist.get_visible():
+            yield from _artist(ax, artist, names)
+
+
+def figure_table(figure: Figure) -> pd.DataFrame:
+    """What a figure shows, as numbers.
+
+    Args:
+        figure: with lines, points, bands, error bars, bars and maps.
+
+    Returns:
+        A row for each point: `panel` (its title or number), `series` (its legend entry, or its colour where it has none), `kind`, `x`, `y`, and where there is one
+        `low`, `high` (ends of a band, bar of error, or shaded strip) and `value` (of a map). Columns that would be empty are left out.
+    """
+    panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>" and ax.axison]
+    rows = [{"panel": _panel(ax, i), **row} for i, ax in enumerate(panels) for row in _rows(ax)]
+    table = pd.DataFrame(rows, columns=["panel", "series", "kind", "x", "y", "low", "high", "value"])
+    return table.dropna(axis=1, how="all")
+
+# %% ../nbs/figures.ipynb #22b18ecb
 def figure_csv(figure: Figure) -> str | None:
     """What a figure shows, as the text of a CSV file.
 

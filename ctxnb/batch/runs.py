@@ -50,9 +50,7 @@ class DataSource:
 
     def arguments(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Those of a run's parameters that the data function takes."""
-        if not self.name:
-            return {}
-        takes = inspect.signature(load(self.name, "data")).parameters
+        takes = inspect.signature(load(self.name, "data")).parameters if self.name else ()
         return {name: value for name, value in parameters.items() if name in takes}
 
     def open(self, parameters: dict[str, Any], build: bool = False) -> Any:

@@ -92,7 +92,7 @@ def _settings_cell(source: str, where: str) -> tuple[int, str]:
                                 "above 0) and `from module import Class as Settings`")
     return recipe, settings
 
-# %% ../../nbs/batch/template.ipynb #be09242c
+# %% ../../nbs/batch/template.ipynb #082573bb
 @dataclass(frozen=True)
 class Template:
     """A notebook that papermill can run, as the runner sees it.
@@ -120,7 +120,7 @@ class Template:
         """The class that `settings` names; None where it names none."""
         return load(self.settings, f"{self.name}: Settings") if self.settings else None
 
-
+# %% ../../nbs/batch/template.ipynb #be09242c
 def read_template(
     path: Path | str,
 ) -> Template:

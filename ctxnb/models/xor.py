@@ -113,7 +113,7 @@ class TwoInputMLP(nn.Module):
         """
         return self.out(self.activation(self.head(self.middle(bits)) + self.task(task))).squeeze(1)
 
-# %% ../../nbs/models/xor.ipynb #9e4ed4e3
+# %% ../../nbs/models/xor.ipynb #70ef62df
 MASK = 2  # the symbol ? in place of a bit
 
 
@@ -131,7 +131,7 @@ def mask_beyond(bits: torch.Tensor, visible: torch.Tensor | int) -> torch.Tensor
     visible = torch.as_tensor(visible, device=bits.device).reshape(-1, 1)
     return torch.where(place < visible, bits, MASK)
 
-
+# %% ../../nbs/models/xor.ipynb #9e4ed4e3
 class Transformer(nn.Module):
     """A causal transformer on l bits and the task token, read out at the task token.
 

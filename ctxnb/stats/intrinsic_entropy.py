@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import digamma, gammaln
 from sklearn.neighbors import NearestNeighbors
 
-# %% ../../nbs/stats/intrinsic_entropy.ipynb #2f7e8f4e
+# %% ../../nbs/stats/intrinsic_entropy.ipynb #d4732119
 def _checked_features(features: torch.Tensor | np.ndarray, least: int) -> np.ndarray:
     """Features as a float64 array [n, d] with n >= least, or a ValueError that says what is wrong."""
     if isinstance(features, torch.Tensor):
@@ -33,7 +33,7 @@ def _checked_features(features: torch.Tensor | np.ndarray, least: int) -> np.nda
         raise ValueError(f"features are constant: all {len(features)} rows are the same")
     return features
 
-
+# %% ../../nbs/stats/intrinsic_entropy.ipynb #2f7e8f4e
 def neighbour_distances(
     features: torch.Tensor | np.ndarray,
     n_neighbours: int,
@@ -114,7 +114,7 @@ def two_nn_dimension(
         )
     return float((keep - 1) / total)
 
-
+# %% ../../nbs/stats/intrinsic_entropy.ipynb #22cd1180
 def levina_bickel_dimension(
     features: torch.Tensor | np.ndarray,
     n_neighbours: int = 20,
@@ -143,7 +143,7 @@ def levina_bickel_dimension(
         raise ValueError("every sample is equally far from all its neighbours: the dimension is undefined")
     return float(distance[:, 1:].size / total)
 
-# %% ../../nbs/stats/intrinsic_entropy.ipynb #190cebf2
+# %% ../../nbs/stats/intrinsic_entropy.ipynb #e5d25a85
 def scott_bandwidth(n_samples: int, n_features: int) -> float:
     """Scott's bandwidth factor n**(-1/(d+4)), in units of the features' standard deviation.
 
@@ -179,7 +179,26 @@ def _log_kernel_sums(white: np.ndarray, bandwidth: float, leave_one_out: bool, r
         sums[part] = largest[:, 0] + np.log(exponent.sum(1))
     return sums
 
+# %% ../../nbs/stats/intrinsic_entropy.ipynb #1045e10c
+def _whitened(x: np.ndarray) -> tuple[np.ndarray, float]:
+    """Samples [n, d] with unit covariance, and half the logarithm of the determinant that was taken off."""
+    n, d = x.shape
+    if n <= d:
+        raise ValueError(
+            f"the covariance needs more samples than features, got n = {n}, d = {d}; project first"
+        )
+    x = x - x.mean(0)
+    covariance = x.T @ x / (n - 1)
+    spread = np.sqrt(np.diag(covariance))
+    if (spread == 0).any() or np.linalg.cond(covariance / np.outer(spread, spread)) > 1e13:
+        raise ValueError(
+            "the covariance is singular: some features are constant or depend on each other; project on "
+            "the leading eigenvectors first"
+        )
+    factor = cholesky(covariance, lower=True)
+    return solve_triangular(factor, x.T, lower=True).T, float(np.log(np.diag(factor)).sum())
 
+# %% ../../nbs/stats/intrinsic_entropy.ipynb #190cebf2
 def kde_entropy(
     features: torch.Tensor | np.ndarray,
     bandwidth: float | str = "scott",
@@ -205,25 +224,10 @@ def kde_entropy(
     """
     x = _checked_features(features, 2)
     n, d = x.shape
-    if n <= d:
-        raise ValueError(
-            f"the covariance needs more samples than features, got n = {n}, d = {d}; project first"
-        )
     if not (bandwidth in ("scott", "likelihood") if isinstance(bandwidth, str) else bandwidth > 0):
         raise ValueError(f'bandwidth must be positive, "scott" or "likelihood", got {bandwidth!r}')
-    x = x - x.mean(0)
-    covariance = x.T @ x / (n - 1)
-    spread = np.sqrt(np.diag(covariance))
-    if (spread == 0).any() or np.linalg.cond(covariance / np.outer(spread, spread)) > 1e13:
-        raise ValueError(
-            "the covariance is singular: some features are constant or depend on each other; project on "
-            "the leading eigenvectors first"
-        )
-    factor = cholesky(covariance, lower=True)
-    white = solve_triangular(factor, x.T, lower=True).T
-    constant = (
-        np.log(np.diag(factor)).sum() + d / 2 * np.log(2 * np.pi) + np.log(n - 1 if leave_one_out else n)
-    )
+    white, half_log_determinant = _whitened(x)
+    constant = half_log_determinant + d / 2 * np.log(2 * np.pi) + np.log(n - 1 if leave_one_out else n)
 
     def entropy(h: float, without_self: bool) -> float:
         return d * np.log(h) - _log_kernel_sums(white, h, without_self).mean()

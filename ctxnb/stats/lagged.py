@@ -263,7 +263,7 @@ def lag_norms(
     by_half = tuple(half.lengths for half in halves)
     return LagNorms(lags, np.array(norm), np.array(noise), np.array(frobenius), int(lengths.sum()), centre, by_half, sums)
 
-# %% ../../nbs/stats/lagged.ipynb #c75f710a
+# %% ../../nbs/stats/lagged.ipynb #f86a3085
 CLEAR = 2.0  # noise levels, where the estimate falls short by a tenth at most
 MIN_LAGS, MIN_RANGE = 6, 8  # lags, and ratio of longest to shortest
 MAX_SCATTER = 0.6  # rms of the logarithms around the law: a factor 1.8; an exact hierarchy with s = 2 has 0.35 at most
@@ -312,7 +312,7 @@ class Decay:
             middle = np.exp((np.log(self.amplitude) - noise) / self.beta) if self.beta > 0 else np.inf
         return float(middle), (float(low), float(high))
 
-
+# %% ../../nbs/stats/lagged.ipynb #c75f710a
 def centring_loss(lengths: np.ndarray, betas: np.ndarray) -> np.ndarray:
     """Mean of |i - j|**-beta over all pairs of places of a document, weighted by length.
 

@@ -140,7 +140,7 @@ class StreamingCovariance:
         values[self.count - 1 :] = 0
         return values
 
-
+# %% ../../nbs/stats/spectrum.ipynb #d2c50983
 def eigenvalue_spectrum(features: torch.Tensor | np.ndarray) -> np.ndarray:
     """Eigenvalues of the covariance of features that are in memory already.
 
@@ -161,28 +161,7 @@ def eigenvalue_spectrum(features: torch.Tensor | np.ndarray) -> np.ndarray:
 # %% ../../nbs/stats/spectrum.ipynb #5fe75c03
 # Relative-eigenvalue thresholds of the dimension count published with arXiv 2502.01481
 # (Explaining Context Length Scaling and Bounds for Language Models), as fractions of the largest.
-PUBLISHED_THRESHOLDS = (
-    0.002,
-    0.0025,
-    0.003,
-    0.0035,
-    0.004,
-    0.005,
-    0.0075,
-    0.01,
-    0.0125,
-    0.015,
-    0.02,
-    0.025,
-    0.03,
-    0.05,
-    0.075,
-    0.1,
-    0.125,
-    0.15,
-    0.2,
-    0.25,
-)
+PUBLISHED_THRESHOLDS = (0.002, 0.0025, 0.003, 0.0035, 0.004, 0.005, 0.0075, 0.01, 0.0125, 0.015, 0.02, 0.025, 0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25)
 
 
 def _checked_spectrum(eigenvalues: np.ndarray) -> np.ndarray:
@@ -223,7 +202,7 @@ def dimension_by_threshold(
         raise ValueError(f"thresholds must lie in (0, 1], got {thresholds}")
     return (values / values[0] >= fractions[..., None]).sum(-1)
 
-
+# %% ../../nbs/stats/spectrum.ipynb #2ef858e1
 def participation_ratio(eigenvalues: np.ndarray) -> float:
     """Effective number of equal eigenvalues, (sum)**2 / sum of squares.
 
@@ -265,7 +244,7 @@ def unbiased_participation_ratio(eigenvalues: np.ndarray, samples: int) -> float
     square = nu**2 / ((nu - 1) * (nu + 2)) * (second - first / nu)
     return float((first - 2 * square / nu) / square) if square > 0 else float("inf")
 
-# %% ../../nbs/stats/spectrum.ipynb #8e424a6a
+# %% ../../nbs/stats/spectrum.ipynb #97fe80c7
 def log_eigenvalue_sum(eigenvalues: np.ndarray, n_terms: Sequence[int] | int) -> np.ndarray:
     """Sum of the logarithms of the first N eigenvalues relative to the largest.
 
@@ -290,7 +269,7 @@ def log_eigenvalue_sum(eigenvalues: np.ndarray, n_terms: Sequence[int] | int) ->
         )
     return np.log(values[:rank] / values[0]).cumsum()[terms.astype(int) - 1]
 
-
+# %% ../../nbs/stats/spectrum.ipynb #12a64db6
 def oas_weight(eigenvalues: np.ndarray, n_samples: int) -> float:
     """Oracle approximating shrinkage weight, from eigenvalues alone.
 
@@ -317,7 +296,7 @@ def oas_weight(eigenvalues: np.ndarray, n_samples: int) -> float:
     weight = (mean_square / d + square_mean) / ((n_samples + 1) * (mean_square - square_mean) / d)
     return float(min(1.0, weight))
 
-
+# %% ../../nbs/stats/spectrum.ipynb #8e424a6a
 def gaussian_entropy(
     eigenvalues: np.ndarray, n_samples: int | None = None, correction: str = "none"
 ) -> float:

@@ -15,7 +15,7 @@ import torch
 from .xor_tasks import TaskSet
 
 # %% auto #0
-__all__ = ['ROUNDS', 'CHUNK', 'permuted_bits', 'Samples', 'draw', 'string_count', 'Splits', 'split']
+__all__ = ['ROUNDS', 'CHUNK', 'permuted_bits', 'Samples', 'string_count', 'draw', 'Splits', 'split']
 
 # %% ../../nbs/text/xor_strings.ipynb #19048d6d
 ROUNDS = 8
@@ -64,7 +64,7 @@ def permuted_bits(index: np.ndarray, bits: int, seed: int) -> np.ndarray:
     words[:, 1] = b >> np.uint64(64 - low)
     return words.astype("<u8", copy=False).view(np.uint8)[:, : -(-bits // 8)]
 
-# %% ../../nbs/text/xor_strings.ipynb #21a7f8b4
+# %% ../../nbs/text/xor_strings.ipynb #1877b48d
 @dataclass(frozen=True)
 class Samples:
     """Strings with tasks and labels, bit-packed.
@@ -119,16 +119,21 @@ class Samples:
 
     @classmethod
     def load(cls, path: Path | str) -> Samples:
-        """Read samples from a file that `save` wrote.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The samples.
-        """
+        """Samples from a file that `save` wrote."""
         with np.load(path) as content:
             return cls(int(content["bits"]), content["packed"], content["task"], content["label"])
+
+# %% ../../nbs/text/xor_strings.ipynb #21a7f8b4
+def string_count(bits: int) -> int:
+    """Number of strings that can be drawn: all of them, or 2^62 of longer ones.
+
+    Args:
+        bits: length of a string.
+
+    Returns:
+        A whole number.
+    """
+    return 1 << min(bits, 62)
 
 
 def draw(tasks: TaskSet, first: int, n: int, seed: int) -> Samples:
@@ -168,18 +173,6 @@ def draw(tasks: TaskSet, first: int, n: int, seed: int) -> Samples:
         xor = (string[row, f >> 3] >> (f & 7).astype(np.uint8) ^ string[row, g >> 3] >> (g & 7).astype(np.uint8)) & 1
         label[part] = np.where(inside[t], xor, _hash(index, label_key) >> np.uint64(63))
     return Samples(tasks.bits, packed, task, label)
-
-
-def string_count(bits: int) -> int:
-    """Number of strings that can be drawn: all of them, or 2^62 of longer ones.
-
-    Args:
-        bits: length of a string.
-
-    Returns:
-        A whole number.
-    """
-    return 1 << min(bits, 62)
 
 # %% ../../nbs/text/xor_strings.ipynb #6d5cb925
 @dataclass(frozen=True)

@@ -40,10 +40,45 @@ def xor_risk(farther_bits: Sequence[int] | np.ndarray, l: np.ndarray, frequencie
     beyond = bits[None] > np.asarray(l)[:, None]
     return np.log(2) * (beyond * share).sum(axis=1) / share.sum()
 
-# %% ../../nbs/text/xor_tasks.ipynb #95cb96ed
+# %% ../../nbs/text/xor_tasks.ipynb #663f7deb
 MAX_BITS = 126  # a string is kept in two halves of at most 63 bits
 
 
+def _whole(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _check(s: TaskSet) -> None:
+    """Refuse a task set that can't be meant, by task and value."""
+    if not _whole(s.bits) or not 2 <= s.bits <= MAX_BITS:
+        raise ValueError(f"task set {s.name!r}: bits = {s.bits!r}: expected a whole number from 2 to {MAX_BITS}")
+    if not _whole(s.reach) or s.reach < s.bits:
+        raise ValueError(f"task set {s.name!r}: reach = {s.reach!r}: expected a whole number of at least bits = {s.bits}")
+    if not s.pairs:
+        raise ValueError(f"task set {s.name!r} has no tasks")
+    for number, pair in enumerate(s.pairs):
+        where = f"task set {s.name!r}: task {number} = {list(pair)}"
+        if len(pair) != 2 or not all(_whole(bit) for bit in pair):
+            raise ValueError(f"{where}: expected two whole numbers, the farther and the nearer bit")
+        if not all(1 <= bit <= s.reach for bit in pair):
+            raise ValueError(f"{where}: expected positions from 1 to {s.reach}")
+        if pair[0] == pair[1]:
+            raise ValueError(f"{where}: the two bits are the same, their XOR is always 0")
+        if pair[0] < pair[1]:
+            raise ValueError(f"{where}: expected the farther bit first")
+    if len(set(s.pairs)) < len(s.pairs):
+        twice = next(pair for pair in s.pairs if s.pairs.count(pair) > 1)
+        raise ValueError(f"task set {s.name!r}: task {list(twice)} occurs {s.pairs.count(twice)} times")
+    p = s.frequencies
+    if len(p) != len(s.pairs):
+        raise ValueError(f"task set {s.name!r}: {len(p)} frequencies for {len(s.pairs)} tasks")
+    for number, value in enumerate(p):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise ValueError(f"task set {s.name!r}: frequency {number} = {value!r}: expected a number above 0 and at most 1")
+    if abs(sum(p) - 1) > 1e-6:
+        raise ValueError(f"task set {s.name!r}: the frequencies sum to {sum(p):.9g}: expected 1")
+
+# %% ../../nbs/text/xor_tasks.ipynb #95cb96ed
 @dataclass(frozen=True, kw_only=True)
 class TaskSet:
     """Tasks on strings of random bits: each label is the XOR of two bits.
@@ -115,69 +150,12 @@ class TaskSet:
         return xor_risk(self.farther, l.reshape(-1), np.array(self.frequencies)).reshape(l.shape)[()]
 
     def accuracy(self, l: np.ndarray | int) -> np.ndarray:
-        """Exact share of labels that the best guess from l bits gets right.
-
-        Args:
-            l: context lengths, bits, one or [n].
-
-        Returns:
-            float64, as `l`.
-
-        Raises:
-            ValueError: as `bayes_risk`.
-
-        Source: {eq}`eq-xor-risk`.
-        """
+        """Exact share of labels that the best guess from l bits gets right; arguments and errors as for `bayes_risk`. Source: {eq}`eq-xor-risk`."""
         return 1 - self.bayes_risk(l) / (2 * math.log(2))
 
     def solvable(self, l: np.ndarray | int) -> np.ndarray:
-        """Number of tasks whose two bits are both among the last l.
-
-        Args:
-            l: context lengths, bits, one or [n].
-
-        Returns:
-            int64, as `l`.
-
-        Raises:
-            ValueError: as `bayes_risk`.
-        """
+        """Number of tasks whose two bits are both among the last l, int64; arguments and errors as for `bayes_risk`."""
         return (self.farther <= self._visible(l)[..., None]).sum(-1)[()]
-
-
-def _whole(value) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _check(s: TaskSet) -> None:
-    """Refuse a task set that can't be meant, by task and value."""
-    if not _whole(s.bits) or not 2 <= s.bits <= MAX_BITS:
-        raise ValueError(f"task set {s.name!r}: bits = {s.bits!r}: expected a whole number from 2 to {MAX_BITS}")
-    if not _whole(s.reach) or s.reach < s.bits:
-        raise ValueError(f"task set {s.name!r}: reach = {s.reach!r}: expected a whole number of at least bits = {s.bits}")
-    if not s.pairs:
-        raise ValueError(f"task set {s.name!r} has no tasks")
-    for number, pair in enumerate(s.pairs):
-        where = f"task set {s.name!r}: task {number} = {list(pair)}"
-        if len(pair) != 2 or not all(_whole(bit) for bit in pair):
-            raise ValueError(f"{where}: expected two whole numbers, the farther and the nearer bit")
-        if not all(1 <= bit <= s.reach for bit in pair):
-            raise ValueError(f"{where}: expected positions from 1 to {s.reach}")
-        if pair[0] == pair[1]:
-            raise ValueError(f"{where}: the two bits are the same, their XOR is always 0")
-        if pair[0] < pair[1]:
-            raise ValueError(f"{where}: expected the farther bit first")
-    if len(set(s.pairs)) < len(s.pairs):
-        twice = next(pair for pair in s.pairs if s.pairs.count(pair) > 1)
-        raise ValueError(f"task set {s.name!r}: task {list(twice)} occurs {s.pairs.count(twice)} times")
-    p = s.frequencies
-    if len(p) != len(s.pairs):
-        raise ValueError(f"task set {s.name!r}: {len(p)} frequencies for {len(s.pairs)} tasks")
-    for number, value in enumerate(p):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-            raise ValueError(f"task set {s.name!r}: frequency {number} = {value!r}: expected a number above 0 and at most 1")
-    if abs(sum(p) - 1) > 1e-6:
-        raise ValueError(f"task set {s.name!r}: the frequencies sum to {sum(p):.9g}: expected 1")
 
 # %% ../../nbs/text/xor_tasks.ipynb #0cfa4499
 _FIELDS = {"name", "bits", "tasks", "frequencies", "reach", "source"}

@@ -109,7 +109,7 @@ class ContextLaw:
             raise ValueError(f"train_tokens is {train_tokens}: expected a finite number above 1")
         return self.rate * np.log(train_tokens) / self.dimension
 
-# %% ../../nbs/theory/optimal_context.ipynb #3b8c450e
+# %% ../../nbs/theory/optimal_context.ipynb #754da196
 TURN = 4 / np.exp(2)  # largest value of z^2 exp(-z)
 
 
@@ -149,7 +149,7 @@ def optimal_dimension(law: ContextLaw, train_tokens: float) -> float | None:
     z = -2 * float(lambertw(-0.5 * np.sqrt(kappa), k=-1).real)
     return law.dimension * x / z if z > x else None
 
-
+# %% ../../nbs/theory/optimal_context.ipynb #3b8c450e
 def optimal_context(law: ContextLaw, train_tokens: float, shortest: float = 1.0) -> Optimum:
     """The best context length for a given amount of data, in closed form.
 
