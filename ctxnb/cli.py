@@ -11,6 +11,7 @@ import contextlib
 import glob
 import importlib
 import itertools
+import json
 import os
 import re
 import sys
@@ -105,10 +106,14 @@ def _pairs(context: click.Context, option: click.Option, values: tuple[str, ...]
 
 
 def _selection(context: click.Context, option: click.Option, values: tuple[str, ...]) -> dict[str, list[str]]:
-    """`axis=value` or `axis=value,value`, as often as wanted."""
+    """`axis=value` or `axis=value,value`, as often as wanted; a value that is a list is written in brackets."""
     only: dict[str, list[str]] = {}
     for name, wanted in _pairs(context, option, values):
-        only.setdefault(name, []).extend(wanted.split(","))
+        try:
+            chosen = [str(json.loads(wanted))] if wanted.startswith("[") else wanted.split(",")
+        except ValueError:
+            raise click.BadParameter(f"{name}={wanted}: a list is written as in the grid, such as {name}=[0.1,0.5]", context, option) from None
+        only.setdefault(name, []).extend(chosen)
     return only
 
 
@@ -116,7 +121,7 @@ _grid = click.argument("grid", type=click.Path(path_type=Path))
 _runs = click.option("--runs-dir", type=click.Path(path_type=Path),
                      help="Folder of the runs (default: $CTXNB_RUNS, or data/runs in the grid's project).")
 _only = click.option("--only", multiple=True, callback=_selection, metavar="AXIS=VALUE[,VALUE]",
-                     help="Keep only these values of an axis, such as seed=0 or context_length=8,16; may be repeated.")
+                     help="Keep only these values of an axis, such as seed=0, context_length=8,16 or epochs=[6.0,12.0]; may be repeated.")
 _set = click.option("--set", "changes", multiple=True, callback=lambda c, o, v: dict(_pairs(c, o, v)), metavar="NAME=VALUE",
                     help="Use another value of a parameter, such as epochs=2.0, or a list to vary it, such as seed=[0,1]; may be repeated.")
 _resources = click.option("--resources", type=click.Path(path_type=Path), metavar="FILE",

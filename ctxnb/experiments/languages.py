@@ -21,7 +21,7 @@ from filelock import FileLock
 from .counts import predict
 from ..paths import data_dir, write_atomic
 from ..stats.hierarchy import Hierarchy, hierarchy_surprisal, random_hierarchy, sample_hierarchy
-from ..stats.sources import HiddenMarkovSource, MarkovSource, clock_source, copy_source, sample_arfima_signs
+from ..stats.sources import MarkovSource, Source, clock_source, copy_source, sample_arfima_signs
 from ..text.tokens import TokenStore, token_store
 
 # %% ../../nbs/experiments/languages.ipynb #309bd0b6
@@ -57,7 +57,7 @@ def _hierarchy(name: str, symbols: int, productions: int, seed: int) -> Language
     return Language(name, symbols, functools.partial(sample_hierarchy, source), functools.partial(hierarchy_surprisal, source), beta, gamma, None, about)
 
 
-def _source(name: str, source: MarkovSource | HiddenMarkovSource, beta: float | None, memory: int | None, about: str) -> Language:
+def _source(name: str, source: Source, beta: float | None, memory: int | None, about: str) -> Language:
     return Language(name, source.n_tokens, source.sample, source.surprisal, beta, None, memory, about)
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOP_SUMS', 'RIVALS', 'ESTIMATES', 'Losses', 'losses_of', 'plot_losses', 'position_estimate', 'exponent_by_start',
-           'gains_by_recurrence', 'coloured_passage', 'plot_gains', 'spectra_of', 'properties', 'loss_against',
-           'as_markdown', 'plot_spectra', 'plot_against', 'layer_table', 'plot_layers', 'plot_correlations',
-           'loss_table', 'document_table']
+           'gains_by_recurrence', 'coloured_passage', 'plot_gains', 'spectra_of', 'properties', 'block_groups',
+           'rank_trends', 'loss_against', 'as_markdown', 'plot_spectra', 'plot_against', 'layer_table', 'plot_layers',
+           'plot_correlations', 'loss_table', 'document_table']
 
 # %% ../../nbs/reports/measure.ipynb #e4987388
 import html
@@ -21,6 +21,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm, to_hex
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 from ..figures import context_colours
 from ..stats.bootstrap import percentile_interval, resample_means
@@ -300,6 +301,33 @@ def properties(runs: pd.DataFrame, layer: int = -1) -> pd.DataFrame:
             columns[label] = [np.asarray(values, dtype=object)[layer] for values in runs[name]]
     columns |= {name: rival(l) for name, rival in RIVALS.items()}
     return pd.DataFrame(columns, index=runs.context_length.to_numpy()).astype(float)
+
+# %% ../../nbs/reports/measure.ipynb #6864b717
+def block_groups(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Measurements of models trained with blocks of several lengths, whose names end with `-<length>`.
+
+    Args:
+        runs: rows of a results table of `measure`.
+
+    Returns:
+        Each model at its own length, and the model with the longest blocks at every length it was measured at; rows by length.
+    """
+    blocks = pd.to_numeric(runs.model_name.str.rsplit("-", n=1).str[-1], errors="coerce")
+    groups = runs[blocks == runs.context_length], runs[blocks == blocks.max()]
+    return tuple(group.sort_values("context_length", ignore_index=True) for group in groups)
+
+
+def rank_trends(table: pd.DataFrame) -> pd.Series:
+    """Rank correlation of each property with the visible context, over the lengths where it is defined.
+
+    Args:
+        table: from `properties`.
+
+    Returns:
+        Spearman's rho by property, NaN for one that does not vary.
+    """
+    found = {name: table[name].dropna() for name in table if name not in RIVALS}
+    return pd.Series({name: spearmanr(values.index, values).statistic if values.nunique() > 1 else np.nan for name, values in found.items()})
 
 # %% ../../nbs/reports/measure.ipynb #7140d2e2
 def _lines(x: np.ndarray, curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,14 +14,55 @@ import torch
 from scipy.linalg import eigh
 from scipy.special import digamma
 
+# %% ../../nbs/stats/spectrum.ipynb #a4428ea0
+def _check_whole(**values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or value != int(value) or value < 1:
+            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+
+
+def _checked_chunks(features: torch.Tensor | np.ndarray, n_features: int, rows: int) -> Sequence[torch.Tensor]:
+    """A batch [n, n_features] in chunks of at most `rows`, or a ValueError where a shape or a value is wrong."""
+    features = torch.as_tensor(features)
+    if features.ndim != 2 or features.shape[1] != n_features:
+        raise ValueError(f"features must have shape [batch, {n_features}], got {tuple(features.shape)}")
+    chunks = features.split(rows) if len(features) else ()
+    for start, chunk in zip(range(0, len(features), rows), chunks):
+        bad = ~torch.isfinite(chunk).all(1)
+        if bad.any():
+            raise ValueError(f"features must be finite, row {start + int(bad.nonzero()[0])} of the batch is not ({int(bad.sum())} such rows in its chunk)")
+    return chunks
+
+
+def _degrees(count: int) -> int:
+    if count < 2:
+        raise ValueError(f"a covariance needs at least 2 samples, got {count}")
+    return count - 1
+
+
+def _eigenvalues(scatter: torch.Tensor, count: int) -> np.ndarray:
+    """Eigenvalues [d] of a covariance, largest first, from the scatter of `count` samples.
+
+    At most min(d, n - 1) of them can differ from zero; those beyond and negative round-off are set to zero. On a CPU one copy of the scatter and O(d)
+    work space are held, 9 d**2 ... 4/3 d**3 FLOPs; on another device torch's solver is used there.
+    """
+    degrees = _degrees(count)
+    if scatter.is_cpu:
+        copy = np.array(scatter.numpy(), order="F")
+        values = eigh(copy, eigvals_only=True, overwrite_a=True, check_finite=False, driver="evr")
+    else:
+        values = torch.linalg.eigvalsh(scatter).cpu().numpy()
+    values = values[::-1].clip(min=0) / degrees
+    values[degrees:] = 0
+    return values
+
 # %% ../../nbs/stats/spectrum.ipynb #950a5f12
 class StreamingCovariance:
     """Mean and covariance of feature vectors that arrive in batches, in float64.
 
     Args:
         n_features: d, length of a feature vector.
-        device: torch device of the accumulators; it must support float64 (CPU and CUDA do, MPS does
-            not). Memory: 8 d**2 bytes.
+        device: torch device of the accumulators; it must support float64 (CPU and CUDA do, MPS does not). Memory: 8 d**2 bytes.
         chunk_rows: rows widened to float64 at a time; bounds the temporary memory of a large batch.
 
     Raises:
@@ -31,40 +72,15 @@ class StreamingCovariance:
     """
 
     def __init__(self, n_features: int, device: torch.device | str = "cpu", chunk_rows: int = 256):
-        for name, value in (("n_features", n_features), ("chunk_rows", chunk_rows)):
-            if isinstance(value, bool) or value != int(value) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        _check_whole(n_features=n_features, chunk_rows=chunk_rows)
         self.n_features, self.chunk_rows = int(n_features), int(chunk_rows)
         self.count = 0
         self.mean = torch.zeros(self.n_features, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(self.n_features, self.n_features, dtype=torch.float64, device=device)
 
     def update(self, features: torch.Tensor | np.ndarray) -> "StreamingCovariance":
-        """Take in a batch.
-
-        Args:
-            features: real array or tensor [batch, d] of any floating type, on any device.
-
-        Returns:
-            Itself, so that updates can be chained.
-
-        Raises:
-            ValueError: wrong shape, or a value is NaN or infinite; nothing has been added then.
-        """
-        features = torch.as_tensor(features)
-        if features.ndim != 2 or features.shape[1] != self.n_features:
-            raise ValueError(
-                f"features must have shape [batch, {self.n_features}], got {tuple(features.shape)}"
-            )
-        chunks = features.split(self.chunk_rows) if len(features) else ()
-        for start, chunk in zip(range(0, len(features), self.chunk_rows), chunks):
-            bad = ~torch.isfinite(chunk).all(1)
-            if bad.any():
-                raise ValueError(
-                    f"features must be finite, row {start + int(bad.nonzero()[0])} of the batch is not "
-                    f"({int(bad.sum())} such rows in its chunk)"
-                )
-        for chunk in chunks:
+        """Take in a batch [n, d] of any floating type, on any device; a `ValueError` where shape or values are wrong, and then nothing is added."""
+        for chunk in _checked_chunks(features, self.n_features, self.chunk_rows):
             chunk = chunk.to(device=self.mean.device, dtype=torch.float64, copy=True)
             mean = chunk.mean(0)
             chunk -= mean
@@ -81,17 +97,7 @@ class StreamingCovariance:
         self.count = total
 
     def merge(self, other: "StreamingCovariance") -> "StreamingCovariance":
-        """Take in everything that another accumulator has seen.
-
-        Args:
-            other: accumulator of the same number of features, on any device; left as it is.
-
-        Returns:
-            Itself, so that merges can be chained.
-
-        Raises:
-            ValueError: the numbers of features differ, or other is this accumulator.
-        """
+        """Take in all that another accumulator, on any device, has seen; a `ValueError` where it is this one or has other features."""
         if other is self:
             raise ValueError("cannot merge an accumulator with itself: its samples would count twice")
         if other.n_features != self.n_features:
@@ -101,44 +107,13 @@ class StreamingCovariance:
             self.scatter += other.scatter.to(self.scatter.device)
         return self
 
-    def _check_count(self) -> None:
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
-
     def covariance(self) -> torch.Tensor:
-        """Unbiased covariance of all samples so far.
-
-        Returns:
-            float64 tensor [d, d] on the accumulator's device, a copy.
-
-        Raises:
-            ValueError: fewer than 2 samples.
-        """
-        self._check_count()
-        return self.scatter / (self.count - 1)
+        """Unbiased covariance of all samples so far, float64 [d, d] on the accumulator's device; ValueError where they are fewer than 2."""
+        return self.scatter / _degrees(self.count)
 
     def eigenvalues(self) -> np.ndarray:
-        """Eigenvalue spectrum of the covariance.
-
-        At most min(d, n - 1) eigenvalues can differ from zero; those beyond and negative round-off are
-        set to zero. On a CPU one copy of the scatter and O(d) work space are held, 9 d**2 ... 4/3 d**3
-        FLOPs; on another device torch's solver is used there.
-
-        Returns:
-            float64 array [d], largest first, squared units of the features.
-
-        Raises:
-            ValueError: fewer than 2 samples.
-        """
-        self._check_count()
-        if self.scatter.is_cpu:
-            copy = np.array(self.scatter.numpy(), order="F")
-            values = eigh(copy, eigvals_only=True, overwrite_a=True, check_finite=False, driver="evr")
-        else:
-            values = torch.linalg.eigvalsh(self.scatter).cpu().numpy()
-        values = values[::-1].clip(min=0) / (self.count - 1)
-        values[self.count - 1 :] = 0
-        return values
+        """Eigenvalues of that covariance, float64 [d], largest first, squared units of the features."""
+        return _eigenvalues(self.scatter, self.count)
 
 # %% ../../nbs/stats/spectrum.ipynb #d2c50983
 def eigenvalue_spectrum(features: torch.Tensor | np.ndarray) -> np.ndarray:

@@ -39,6 +39,8 @@ def remember(about: str, value: dict) -> None:
         about: what it is about; any text.
         value: JSON-ready dictionary.
     """
+    if recall(about) == value:
+        return
     try:
         _memory(about).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(_memory(about), json.dumps({"about": about, "value": value}))

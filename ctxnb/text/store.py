@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'ALL', 'FORMAT', 'FILES', 'BPE_FILES', 'text_hash', 'split_of', 'json_digest', 'manifest_digest',
-           'token_dtype', 'StoreFiles', 'TokenStore', 'open_store', 'KnownStore']
+           'token_dtype', 'StoreFacts', 'StoreFiles', 'TokenStore', 'open_store', 'KnownStore']
 
 # %% ../../nbs/text/store.ipynb #f9ed9db8
 import functools
@@ -97,19 +97,77 @@ def token_dtype(vocab_size: int) -> np.dtype:
     """
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
+# %% ../../nbs/text/store.ipynb #625d0fca
+def _known(split: str) -> tuple[str, ...]:
+    if split not in (*SPLITS, ALL):
+        raise ValueError(f"unknown split {split!r}, expected {', '.join(SPLITS)} or {ALL}")
+    return SPLITS if split == ALL else (split,)
+
+
+@dataclass(frozen=True, eq=False)
+class StoreFacts:
+    """What a token store's `manifest` says: what the store holds and where it came from."""
+
+    manifest: dict
+
+    @property
+    def digest(self) -> str:
+        """Hash of what the store holds."""
+        return self.manifest["digest"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the end of a document included."""
+        return self.manifest["tokenizer"]["vocab_size"]
+
+    @property
+    def eod(self) -> int:
+        """Id of the end of a document; it does not occur in `tokens`."""
+        return self.manifest["tokenizer"]["eod"]
+
+    @property
+    def overlap(self) -> float | None:
+        """Share of the 50-token runs of the test split that occur in the training split; None where test documents are shorter."""
+        return self.manifest["overlap"]["test_50grams_in_train"]
+
+    @property
+    def skipped(self) -> int:
+        """Bad documents that were skipped, see `skip_bad`."""
+        return self.manifest.get("skipped", 0)
+
+    @property
+    def provenance(self) -> dict[str, str | int | float | None]:
+        """What the row of a run says of its text: `data_digest`, `skipped_documents`, `test_overlap`."""
+        return {"data_digest": self.digest, "skipped_documents": self.skipped, "test_overlap": self.overlap}
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out of the text, and what its splits share, in words."""
+        dropped = self.manifest["dropped"]["documents"]
+        said = [f"{dropped:,} documents shorter than min_tokens dropped"] if dropped else []
+        said += [f"{self.skipped:,} bad documents skipped"] if self.skipped else []
+        return said + ([f"{self.overlap:.1%} of the test split's 50-token passages occur in the training split"] if self.overlap else [])
+
+    def n_tokens(self, split: str) -> int:
+        """Tokens of `train`, `dev`, `test` or `all`."""
+        return sum(self.manifest["splits"][name]["tokens"] for name in _known(split))
+
+    def bytes_per_token(self, split: str) -> float:
+        """UTF-8 bytes per token of a split; nats per token over this and ln 2 are bits per byte."""
+        return sum(self.manifest["splits"][name]["bytes"] for name in _known(split)) / self.n_tokens(split)
+
 # %% ../../nbs/text/store.ipynb #4ae87d74
 @dataclass(frozen=True, eq=False)
-class StoreFiles:
+class StoreFiles(StoreFacts):
     """Files of a token store.
 
     Args:
-        folder: where they are.
         manifest: what the store holds and where it came from.
+        folder: where its files are.
         tokenizer: name or folder of the tokenizer.
     """
 
     folder: Path
-    manifest: dict
     tokenizer: str | Path
 
     @functools.cached_property
@@ -165,44 +223,6 @@ class TokenStore(StoreFiles):
     """Tokenised corpus; made by `token_store` or `open_store`. Its `digest` is the same for the same text, tokenizer and parameters."""
 
     @property
-    def digest(self) -> str:
-        """Hash of what the store holds."""
-        return self.manifest["digest"]
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, the end of a document included."""
-        return self.manifest["tokenizer"]["vocab_size"]
-
-    @property
-    def eod(self) -> int:
-        """Id of the end of a document; it does not occur in `tokens`."""
-        return self.manifest["tokenizer"]["eod"]
-
-    @property
-    def overlap(self) -> float | None:
-        """Share of the 50-token runs of the test split that occur in the training split; None where test documents are shorter."""
-        return self.manifest["overlap"]["test_50grams_in_train"]
-
-    @property
-    def skipped(self) -> int:
-        """Bad documents that were skipped, see `skip_bad`."""
-        return self.manifest.get("skipped", 0)
-
-    @property
-    def provenance(self) -> dict[str, str | int | float | None]:
-        """What the row of a run says of its text: `data_digest`, `skipped_documents`, `test_overlap`."""
-        return {"data_digest": self.digest, "skipped_documents": self.skipped, "test_overlap": self.overlap}
-
-    @property
-    def notes(self) -> list[str]:
-        """What was left out of the text, and what its splits share, in words."""
-        dropped = self.manifest["dropped"]["documents"]
-        said = [f"{dropped:,} documents shorter than min_tokens dropped"] if dropped else []
-        said += [f"{self.skipped:,} bad documents skipped"] if self.skipped else []
-        return said + ([f"{self.overlap:.1%} of the test split's 50-token passages occur in the training split"] if self.overlap else [])
-
-    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, int64, shape [documents]."""
         return np.diff(self.offsets)
@@ -217,23 +237,9 @@ class TokenStore(StoreFiles):
             raise IndexError(f"document {i}: the store has documents 0 to {len(self.split) - 1}")
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
-    def n_tokens(self, split: str) -> int:
-        """Tokens of `train`, `dev`, `test` or `all`."""
-        return sum(self.manifest["splits"][name]["tokens"] for name in _known(split))
-
-    def bytes_per_token(self, split: str) -> float:
-        """UTF-8 bytes per token of a split; nats per token over this and ln 2 are bits per byte."""
-        return sum(self.manifest["splits"][name]["bytes"] for name in _known(split)) / self.n_tokens(split)
-
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; where they cut a character in two, U+FFFD."""
         return self.loaded_tokenizer.decode(ids)
-
-# %% ../../nbs/text/store.ipynb #e3d7b0c0
-def _known(split: str) -> tuple[str, ...]:
-    if split not in (*SPLITS, ALL):
-        raise ValueError(f"unknown split {split!r}, expected {', '.join(SPLITS)} or {ALL}")
-    return SPLITS if split == ALL else (split,)
 
 # %% ../../nbs/text/store.ipynb #0e01ca44
 _REMEDY = "delete the folder to have it built again"
@@ -273,7 +279,7 @@ def open_store(
     for name, sha256 in files.items():
         if now[name] != sha256:
             raise ValueError(f"{name} of token store {folder} was changed: {_REMEDY}")
-    return TokenStore(folder, manifest, tokenizer or manifest["tokenizer"]["name"])
+    return TokenStore(manifest, folder, tokenizer or manifest["tokenizer"]["name"])
 
 # %% ../../nbs/text/store.ipynb #e6f40fff
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from .documents import Corpus, Reader
 from .identity import file_digests, recall, remember
 from .overlap import shared_ngrams
 from .store import (
-    ALL, BPE_FILES, FILES, FORMAT, SPLITS, KnownStore, TokenStore, json_digest, manifest_digest, open_store, split_of, text_hash, token_dtype)
+    ALL, BPE_FILES, FILES, FORMAT, SPLITS, KnownStore, StoreFacts, TokenStore, json_digest, manifest_digest, open_store, split_of, text_hash, token_dtype)
 from .tokenizers import Tokenizer, bpe_size, bpe_tokenizer, load_tokenizer, tokenizer_identity, train_bpe
 
 # %% ../../nbs/text/tokens.ipynb #aa7044f3
@@ -164,7 +164,7 @@ def _report(corpus: Corpus, manifest: dict, seconds: float) -> None:
     """Say what was read and what was left out, on standard error: standard output belongs to the commands' results."""
     parts = [*manifest["splits"].values(), manifest["dropped"]]
     documents, tokens, size = (sum(part[what] for part in parts) for what in ("documents", "tokens", "bytes"))
-    notes = TokenStore(Path(), manifest, "").notes + ([f"left out {corpus.note}"] if corpus.note else [])
+    notes = StoreFacts(manifest).notes + ([f"left out {corpus.note}"] if corpus.note else [])
     print(f"{corpus.name} as {manifest['tokenizer']['name']}: {documents:,} documents, {size / 1e6:.1f} MB, {tokens / 1e6:.2f} M tokens in {seconds:.1f} s "
           f"({size / 1e6 / seconds:.1f} MB/s, {tokens / 1e6 / seconds:.2f} M tokens/s){'; ' * bool(notes)}{'; '.join(notes)}", file=sys.stderr)
 
@@ -230,8 +230,7 @@ def token_store(
 
     Raises:
         ValueError: when an argument or a document is wrong, a split would be empty, or the store there was changed.
-        FileNotFoundError: when the corpus is a path that does not exist, and never did.
-        ConnectionError: when the corpus is streamed and the network is not there.
+        FileNotFoundError, ConnectionError: when the corpus is a path that never existed, or is streamed and the network is not there.
     """
     parameters, (name, identity) = _check_parameters(min_tokens, split_fractions, skip_bad), tokenizer_identity(tokenizer)
     request = f"token store of {json_digest([absolute_corpus(corpus), text_column, percent, start_from, identity, parameters])}"
@@ -258,6 +257,5 @@ def token_store(
     if not empty_splits:  # it may have been built for a use that accepts them
         _refuse_empty_splits(store.manifest["splits"], store.manifest["dropped"], np.arange(len(store.split)), opened, min_tokens)
     for about in (request, f"token store with key {key}"):
-        if recall(about) != (value := {"key": key, "digest": store.digest}):
-            remember(about, value)
+        remember(about, {"key": key, "digest": store.digest})
     return store

@@ -78,6 +78,14 @@ def _check(s: TaskSet) -> None:
     if abs(sum(p) - 1) > 1e-6:
         raise ValueError(f"task set {s.name!r}: the frequencies sum to {sum(p):.9g}: expected 1")
 
+
+def _checked_lengths(s: TaskSet, l) -> np.ndarray:
+    """Context lengths as an array, or a ValueError where one is not a whole number from 0 to the bits of a string."""
+    l = np.asarray(l)
+    if l.dtype.kind not in "iu" or (l < 0).any() or (l > s.bits).any():
+        raise ValueError(f"context length {l.tolist()!r}: expected whole numbers from 0 to the {s.bits} bits of {s.name!r}")
+    return l
+
 # %% ../../nbs/text/xor_tasks.ipynb #95cb96ed
 @dataclass(frozen=True, kw_only=True)
 class TaskSet:
@@ -88,13 +96,11 @@ class TaskSet:
         bits: length of a string; position 1 is the bit nearest to the label.
         pairs: [T] of (farther bit, nearer bit), positions from 1 to `reach`.
         frequencies: [T] share of the samples about each task; equal when empty.
-        reach: farthest position that a task may name; `bits` when 0. A task that reaches beyond `bits` has a
-            label that no string decides.
+        reach: farthest position that a task may name; `bits` when 0. A task that reaches beyond `bits` has a label that no string decides.
         source: where the set is from, in words.
 
     Raises:
-        ValueError: a number is out of range, the two bits of a task are the same, a task occurs twice, or the
-            frequencies are not one positive number for each task that sum to 1.
+        ValueError: a number is out of range, a task's two bits are the same, a task occurs twice, or the frequencies are not one for each task with sum 1.
     """
 
     name: str
@@ -123,30 +129,11 @@ class TaskSet:
     @property
     def digest(self) -> str:
         """12 hexadecimal digits that change with anything that decides a sample or a risk."""
-        content = [self.bits, self.pairs, self.frequencies]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-
-    def _visible(self, l) -> np.ndarray:
-        l = np.asarray(l)
-        if l.dtype.kind not in "iu" or (l < 0).any() or (l > self.bits).any():
-            raise ValueError(f"context length {l.tolist()!r}: expected whole numbers from 0 to the {self.bits} bits of {self.name!r}")
-        return l
+        return hashlib.sha256(json.dumps([self.bits, self.pairs, self.frequencies]).encode()).hexdigest()[:12]
 
     def bayes_risk(self, l: np.ndarray | int) -> np.ndarray:
-        """Exact Bayes risk R(l) of a model that sees l bits and the task.
-
-        Args:
-            l: context lengths, bits, one or [n].
-
-        Returns:
-            float64, as `l`, nats.
-
-        Raises:
-            ValueError: a length is not a whole number from 0 to `bits`.
-
-        Source: {eq}`eq-xor-risk`.
-        """
-        l = self._visible(l)
+        """Exact Bayes risk R(l), nats, float64 as `l`, of a model that sees l bits (one or [n], from 0 to `bits`) and the task. Source: {eq}`eq-xor-risk`."""
+        l = _checked_lengths(self, l)
         return xor_risk(self.farther, l.reshape(-1), np.array(self.frequencies)).reshape(l.shape)[()]
 
     def accuracy(self, l: np.ndarray | int) -> np.ndarray:
@@ -155,7 +142,7 @@ class TaskSet:
 
     def solvable(self, l: np.ndarray | int) -> np.ndarray:
         """Number of tasks whose two bits are both among the last l, int64; arguments and errors as for `bayes_risk`."""
-        return (self.farther <= self._visible(l)[..., None]).sum(-1)[()]
+        return (self.farther <= _checked_lengths(self, l)[..., None]).sum(-1)[()]
 
 # %% ../../nbs/text/xor_tasks.ipynb #0cfa4499
 _FIELDS = {"name", "bits", "tasks", "frequencies", "reach", "source"}

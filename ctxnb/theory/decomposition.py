@@ -11,10 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import rel_entr, xlogy
 
-from ctxnb.stats.sources import (
-    HiddenMarkovSource, MarkovSource, bayes_risk, checked_length, checked_rows, clock_source, conditional_entropy,
-    copy_source,
-)
+from ..stats.sources import Source, bayes_risk, checked_length, checked_rows, clock_source, conditional_entropy, copy_source
 
 # %% ../../nbs/theory/decomposition.ipynb #cf75f38f
 def _checked_model(joint: np.ndarray, model: np.ndarray) -> np.ndarray:
@@ -120,7 +117,7 @@ def count_model(
 
 # %% ../../nbs/theory/decomposition.ipynb #66da698e
 def count_model_study(
-    source: MarkovSource | HiddenMarkovSource,
+    source: Source,
     context_lengths: list[int],
     train_tokens: list[int],
     n_repeats: int,

@@ -28,8 +28,7 @@ class ContextLaw:
         floor: C0, nats.
 
     Raises:
-        ValueError: a parameter that is not positive and finite, or a dimension that is not positive at one
-            visible token (slope x gain >= dimension).
+        ValueError: a parameter that is not positive and finite, or a dimension that is not positive at one visible token (slope x gain >= dimension).
     """
 
     gain: float
@@ -48,45 +47,19 @@ class ContextLaw:
         if not np.isfinite(self.floor):
             raise ValueError(f"floor is {self.floor}: expected a finite number of nats")
         if self.slope * self.gain >= self.dimension:
-            raise ValueError(f"the dimension at one visible token is {self.dimension - self.slope * self.gain:g}: "
-                             "expected slope x gain below dimension")
+            raise ValueError(f"the dimension at one visible token is {self.dimension - self.slope * self.gain:g}: expected slope x gain below dimension")
 
     def risk(self, l: np.ndarray) -> np.ndarray:
-        """Bayes risk C0 + C l^-gamma.
-
-        Args:
-            l: context lengths, tokens.
-
-        Returns:
-            Nats, shaped as `l`.
-        """
+        """Bayes risk C0 + C l^-gamma at context lengths l, tokens; nats, shaped as `l`."""
         return self.floor + self.gain * np.asarray(l, float) ** -self.gamma
 
     def intrinsic_dimension(self, l: np.ndarray) -> np.ndarray:
-        """Intrinsic dimension d - s C l^-gamma.
-
-        Args:
-            l: context lengths, tokens.
-
-        Returns:
-            Dimensions, shaped as `l`.
-        """
+        """Intrinsic dimension d - s C l^-gamma at context lengths l, tokens; shaped as `l`."""
         return self.dimension - self.slope * (self.risk(l) - self.floor)
 
     def loss(self, l: np.ndarray, train_tokens: np.ndarray) -> np.ndarray:
-        """Total loss L(l, D).
-
-        Args:
-            l: context lengths, tokens.
-            train_tokens: D, tokens; broadcast against `l`.
-
-        Returns:
-            Nats.
-
-        Source: arXiv 2502.01481, with dim(l) inserted.
-        """
-        return self.risk(l) + self.penalty * np.exp(
-            -self.rate * np.log(train_tokens) / self.intrinsic_dimension(l))
+        """Total loss L(l, D), nats, at context lengths l and D training tokens, broadcast together. Source: arXiv 2502.01481, with dim(l) inserted."""
+        return self.risk(l) + self.penalty * np.exp(-self.rate * np.log(train_tokens) / self.intrinsic_dimension(l))
 
     @property
     def reach(self) -> float:
@@ -94,17 +67,7 @@ class ContextLaw:
         return self.penalty * self.slope / self.dimension
 
     def data_coordinate(self, train_tokens: float) -> float:
-        """x = c ln(D) / d: minus the logarithm of D^-alpha at infinite context.
-
-        Args:
-            train_tokens: D, tokens, above 1.
-
-        Returns:
-            A positive number.
-
-        Raises:
-            ValueError: D is not above 1.
-        """
+        """x = c ln(D) / d, minus the logarithm of D^-alpha at infinite context; a `ValueError` where D, tokens, is not above 1."""
         if not (np.isfinite(train_tokens) and train_tokens > 1):
             raise ValueError(f"train_tokens is {train_tokens}: expected a finite number above 1")
         return self.rate * np.log(train_tokens) / self.dimension
