@@ -29,9 +29,9 @@ FLAT = 1e-9  # nats; a rise smaller than this is no reason to stop at a shorter 
 STEPS = 600  # of the grid in ln l
 
 
-def _law_losses(form: Form, parameters: np.ndarray, train_tokens: float, shortest: float, longest: float) -> tuple[np.ndarray, np.ndarray]:
+def _law_losses(form: Form, parameters: np.ndarray, train_tokens: float, shortest: float, longest: float, far: float = FAR) -> tuple[np.ndarray, np.ndarray]:
     """Grid [STEPS] in ln l, and the law's loss on it [B, STEPS]."""
-    grid = np.linspace(np.log(shortest), np.log(FAR * longest), STEPS)
+    grid = np.linspace(np.log(shortest), np.log(far * longest), STEPS)
     return grid, form.evaluate(np.atleast_2d(parameters), np.exp(grid), np.full(STEPS, float(train_tokens)))
 
 
@@ -59,7 +59,7 @@ def optimal_lengths(form: Form, parameters: np.ndarray, train_tokens: float, sho
     return np.where(k == STEPS - 1, np.inf, np.where(k == 0, shortest, length))
 
 
-def useful_lengths(form: Form, parameters: np.ndarray, train_tokens: float, shortest: float, longest: float, tolerance: float) -> np.ndarray:
+def useful_lengths(form: Form, parameters: np.ndarray, train_tokens: float, shortest: float, longest: float, tolerance: float, far: float = FAR) -> np.ndarray:
     """Shortest context length whose loss is at most `tolerance` above the least one.
 
     Args:
@@ -69,11 +69,12 @@ def useful_lengths(form: Form, parameters: np.ndarray, train_tokens: float, shor
         shortest: left end of the search, tokens.
         longest: longest context of the pilots, tokens.
         tolerance: nats.
+        far: times the longest pilot, where the search ends.
 
     Returns:
         [B], tokens, to the step of the grid (3 %).
     """
-    grid, loss = _law_losses(form, parameters, train_tokens, shortest, longest)
+    grid, loss = _law_losses(form, parameters, train_tokens, shortest, longest, far)
     return np.exp(grid)[(loss <= loss.min(axis=1, keepdims=True) + tolerance).argmax(axis=1)]
 
 # %% ../../nbs/theory/planner.ipynb #fc53e272
@@ -109,7 +110,7 @@ class Advice:
         law: the best law, its parameters written out.
         form: its short name.
         loss: predicted loss at the advice, nats.
-        regret: by context length, nats: predicted loss there less the loss at the optimum (unbounded: at the longest pilot).
+        regret: by context length, nats: predicted loss there less the loss at the optimum (without an upper end: the best length up to the longest pilot).
         regret_interval: by context length, 95 % ends, nats.
         weights: Akaike weight of each law.
         measured: by pilot size: the measured best length and the ends of its interval.
@@ -451,17 +452,15 @@ def advise_from(pilots: Pilots, train_tokens: float, tolerance: float = TOLERANC
     low, high = percentile_interval(optima, level)
     share = float(np.isinf(optima).mean())
     low, high = min(float(low), point), max(float(high), point)
-    if np.isinf(high) and low < longest and _harm(pilots, train_tokens, level) <= tolerance:
-        point = np.inf
-    else:
-        _check_interval(point, low, high, share, longest)
+    point, at_most = _settle(pilots, point, low, high, share, train_tokens, tolerance, level)
     unbounded = bool(np.isinf(point))
     pick = int(longest) if unbounded else max(1, round(point))
     low, high = min(low, pick) if not unbounded else low, max(high, pick)  # the advice is a whole number, its interval need not end at one
-    useful = np.concatenate([useful_lengths(pilots.fits[name].form, draws, train_tokens, shortest, longest, tolerance) for name, draws in pilots.draws.items()])
-    economical = float(useful_lengths(best.form, best.parameters, train_tokens, shortest, longest, tolerance)[0])
+    far = FAR if np.isfinite(high) or unbounded else 1.0  # without an end, lengths are compared up to the longest pilot
+    useful = np.concatenate([useful_lengths(pilots.fits[name].form, draws, train_tokens, shortest, longest, tolerance, far) for name, draws in pilots.draws.items()])
+    economical = float(useful_lengths(best.form, best.parameters, train_tokens, shortest, longest, tolerance, far)[0])
     ends = percentile_interval(useful, level)
-    regret, regret_ends = _regrets(pilots, pick, point, train_tokens, level)
+    regret, regret_ends = _regrets(pilots, pick, FAR * longest if np.isfinite(high) else longest, train_tokens, level)
     held = pilots.held_out
     cost, formula = training_costs(pilots.runs, train_tokens, pick, lambda l, factor: best.predict(l, train_tokens * factor))
     advice = Advice(
@@ -473,35 +472,43 @@ def advise_from(pilots: Pilots, train_tokens: float, tolerance: float = TOLERANC
         regret=regret, regret_interval=regret_ends, weights=pilots.weights,
         measured={int(c.size): (c.best, *c.best_interval()) for c in pilots.curves},
         held_out=None if held is None else (int(held.inside.sum()), len(held), float((held.measured - held.predicted).abs().max())), runs=len(pilots.runs), cost=cost, cost_formula=formula)
-    return replace(advice, notes=tuple(_notes(pilots, advice, share)))
+    return replace(advice, notes=tuple(_notes(pilots, advice, share, at_most)))
 
 # %% ../../nbs/theory/planner.ipynb #44ba3c6f
-def _harm(pilots: Pilots, train_tokens: float, level: float) -> float:
-    """Upper end, over the draws, of what the longest pilot context costs against the best measured or shorter one, nats."""
-    shortest, longest = pilots.reach
-    l = np.geomspace(shortest, longest, 100)
+def _harm(pilots: Pilots, train_tokens: float, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths up to the longest pilot, and the upper end, over the draws, of what each costs against the best of them, nats."""
+    l = np.geomspace(*pilots.reach, 100)
     loss = np.concatenate([pilots.fits[name].form.evaluate(draws, l, np.full(100, float(train_tokens))) for name, draws in pilots.draws.items()])
-    return float(percentile_interval(loss[:, -1] - loss.min(axis=1), level)[1])
+    return l, percentile_interval(loss - loss.min(axis=1, keepdims=True), level)[1]
 
 
-def _check_interval(point: float, low: float, high: float, share: float, longest: float) -> None:
-    if np.isinf(high) and low < longest:
-        raise Refusal(f"the data do not tell whether an optimum exists: in {share:.0%} of the draws longer is always better, in the others the optimum "
-                      f"begins at a length of {low:.0f}; add longer contexts or more seeds")
-    if np.isfinite(high) and high > MAX_WIDTH * low:
-        raise Refusal(f"the 95 % interval of the optimum reaches from {low:.0f} to {high:.0f}, more than a factor of {MAX_WIDTH:g}: add seeds or a wider grid")
-    if np.isfinite(point) and point > MAX_LENGTH_REACH * longest:
+def _settle(pilots: Pilots, point: float, low: float, high: float, share: float, train_tokens: float, tolerance: float, level: float) -> tuple[float, float | None]:
+    """Rules 4 to 6: the length to advise, infinite where none is too long, and what the safest one may cost where the draws leave the optimum open."""
+    longest = pilots.reach[1]
+    no_end, wide = np.isinf(high) and low < longest, np.isfinite(high) and high > MAX_WIDTH * low
+    if not no_end and np.isfinite(point) and point > MAX_LENGTH_REACH * longest:
         raise Refusal(f"the fitted optimum, {point:.0f}, is more than {MAX_LENGTH_REACH:g} times beyond the longest pilot context ({longest:.0f}): add longer pilots")
+    if not (no_end or wide):
+        return point, None
+    l, harm = _harm(pilots, train_tokens, level)
+    if no_end and harm[-1] <= tolerance:
+        return np.inf, None
+    safest, cost = l[harm.argmin()], float(harm.min())
+    if cost <= 2 * tolerance:
+        return float(safest), cost
+    what = (f"whether an optimum exists: in {share:.0%} of the draws longer is always better, in the others it begins at a length of {low:.0f}" if no_end
+            else f"the optimum closer than {low:.0f} to {high:.0f}, more than a factor of {MAX_WIDTH:g}")
+    raise Refusal(f"the data do not tell {what}, and even the safest length, {safest:.0f}, may cost {cost:.3f} nats: add seeds, or longer contexts")
 
 
-def _regrets(pilots: Pilots, pick: int, point: float, train_tokens: float, level: float) -> tuple[dict, dict]:
-    """Loss of each length less that of the optimum, nats: by the best law, and its interval by all laws."""
+def _regrets(pilots: Pilots, pick: int, far: float, train_tokens: float, level: float) -> tuple[dict, dict]:
+    """Loss of each length less that of the optimum, at most `far`, nats: by the best law, and its interval by all laws."""
     shortest, longest = pilots.reach
     asked = np.unique(np.r_[pilots.runs.context_length.unique(), float(pick)])
 
     def lack(name, parameters):
         form = pilots.fits[name].form
-        at = np.full(len(parameters), longest) if np.isinf(point) else np.minimum(optimal_lengths(form, parameters, train_tokens, shortest, longest), FAR * longest)
+        at = np.minimum(optimal_lengths(form, parameters, train_tokens, shortest, longest), far)
         bottom = np.array([form.evaluate(p, np.array([l]), np.array([train_tokens]))[0] for p, l in zip(parameters, at)])
         return form.evaluate(parameters, asked, np.full(len(asked), float(train_tokens))) - bottom[:, None]
 
@@ -516,10 +523,13 @@ def _spell(fit: Fit) -> str:
     return f"{fit.form.formula} with {values}"
 
 
-def _notes(pilots: Pilots, advice: Advice, share: float) -> Iterator[str]:
+def _notes(pilots: Pilots, advice: Advice, share: float, at_most: float | None) -> Iterator[str]:
     (shortest, longest), largest = pilots.reach, pilots.runs.train_tokens.max()
     if advice.unbounded:
         yield f"unbounded: by the best law no length is too long at this data size; the advice is the longest pilot context, {longest:.0f}"
+    elif at_most is not None:
+        yield (f"where the optimum is stays open; the advice is the safest length: against any other up to the longest pilot ({longest:.0f}) it costs at most "
+               f"{at_most:.3f} nats in 97.5 % of the draws")
     elif not advice.bracketed:
         yield f"not bracketed: the interval is not inside the measured context lengths ({shortest:.0f} to {longest:.0f})"
     if advice.unbounded and advice.interval[0] < longest:
