@@ -358,8 +358,8 @@ def _check_best(best: Fit, cells: Cells, curves: Sequence[Curve]) -> tuple[float
         raise Misfit(f"the best law ({best.form.name}) explains {best.r2:.0%} of the variance of the pilots; at least {MIN_R2:.0%} is needed")
     lack = lack_of_fit(best, cells)
     if lack[1] < LACK:
-        raise Misfit(f"no law of the list describes these runs: the best one ({best.form.name}) misses the cells by {np.sqrt(lack[0]):.1f} times what "
-                      f"replicates scatter (lack of fit, p = {lack[1]:.0e})")
+        raise Misfit(f"no law of the list describes these runs: the best one ({best.form.name}) misses the cells by "
+                     f"{np.sqrt((best.residuals**2).mean()):.3f} nats (root mean square), {np.sqrt(lack[0]):.1f} times what replicates scatter (lack of fit, p = {lack[1]:.0e})")
     _check_paired(best, curves)
     return lack
 
