@@ -1,7 +1,8 @@
-"""What a pass on a GPU decides and keeps: benches and the speed table are scripts, read here as modules."""
+"""What a pass on a GPU decides and keeps: its scripts are read here as modules."""
 import importlib.util
 import json
 import sys
+import tarfile
 from pathlib import Path
 
 import pandas as pd
@@ -26,26 +27,60 @@ ROWS = [
 ]
 
 
+PYTEST = """
+tests/test_gpu.py::test_compiled_gives_the_losses_of_eager PASSED        [  9%]
+[gw2] [ 12%] FAILED tests/test_gpu.py::test_graph_gives_the_losses_of_eager[0.2-masked]
+[gw0] [ 15%] PASSED tests/test_gpu.py::test_graph_gives_the_losses_of_eager[0.2-inside]
+tests/test_gpu.py::test_a_process_group_of_one SKIPPED (no GPU)          [ 18%]
+FAILED tests/test_gpu.py::test_graph_gives_the_losses_of_eager[0.2-masked] - assert 1 == 2
+"""
+
+
 def test_the_grid_takes_the_fastest_way_that_is_proven():
-    choose = script("gpu_pass").fastest_way
-    assert choose(ROWS, []) == "compile+graph"
-    assert choose(ROWS, ["test_compiled_gives_the_losses_of_eager"]) == "graph"
-    assert choose(ROWS, ["test_graph_gives_the_losses_of_eager[0.2-inside]"]) == "eager"
-    assert choose(ROWS, ["test_graph_gives_the_losses_of_eager[0.2-masked]"]) == "compile+graph"
-    assert choose([], []) == "eager"
+    run = script("gpu_pass")
+    verdicts = run.test_verdicts(PYTEST)
+    assert list(verdicts.values()) == ["PASSED", "FAILED", "PASSED", "SKIPPED"]
+    assert run.proven_ways(verdicts) == {"compile", "graph"}
+    assert run.proven_ways(verdicts | {"test_graph_gives_the_losses_of_eager[0.0-inside]": "FAILED"}) == {"compile"}
+    assert run.proven_ways({}) == set()
+    assert run.fastest_way(ROWS, {"compile", "graph"}) == "compile+graph"
+    assert run.fastest_way(ROWS, {"graph"}) == "graph"
+    assert run.fastest_way(ROWS, {"compile"}) == run.fastest_way([], {"compile"}) == "eager"
+
+
+def collect(monkeypatch, out: Path, results: Path, rehearsal: bool = False, **report) -> None:
+    """Collect a pass with this report."""
+    (out / "report.json").write_text(json.dumps({"rehearsal": rehearsal, "steps": []} | report))
+    monkeypatch.setattr(sys, "argv", ["gpu_collect.py", str(out), "-o", str(results)])
+    script("gpu_collect").main()
 
 
 def test_the_speed_table_grows_by_pass_and_keeps_failures(tmp_path, monkeypatch):
-    table = script("speed_table")
     lengths = [{"shape": "published", "l": 1024, "plain_tokens_per_s": 2.0, "ours_tokens_per_s": 4.0, "utilisation": 0.4, "peak_gib": 9.0}]
     steps = [{"name": "speed: ways", "figures": {"results": ROWS}}, {"name": "speed: published shape", "figures": {"results": lengths}}]
     steps += [{"name": "speed: measuring", "figures": {}}, {"name": "correctness", "figures": {"passed": 3}}]
     for started, device in (("1", "A"), ("2", "B"), ("2", "B")):
-        report = tmp_path / "report.json"
-        report.write_text(json.dumps({"device": device, "started": started, "steps": steps}))
-        monkeypatch.setattr(sys, "argv", ["speed_table.py", str(report), "-o", str(tmp_path / "speed.parquet")])
-        table.main()
+        collect(monkeypatch, tmp_path, tmp_path, device=device, started=started, steps=steps)
     rows = pd.read_parquet(tmp_path / "speed.parquet")
     assert rows.groupby("device").size().to_dict() == {"A": 7, "B": 7}
     assert rows.failed.dropna().tolist() == ["first loss 9.1, eager 9.0"] * 2
     assert rows.query("way == 'plain'").ratio.tolist() == [0.5, 0.5]
+
+
+def test_a_table_keeps_the_rows_of_earlier_passes(tmp_path, monkeypatch):
+    results = tmp_path / "results"
+    results.mkdir()
+    for number, runs in enumerate(({"a": 1.0, "b": 2.0}, {"b": 2.5, "c": 3.0})):
+        out = tmp_path / str(number)
+        out.mkdir()
+        pd.DataFrame({"run": runs.keys(), "loss": runs.values()}).to_parquet(out / "train.parquet")
+        with tarfile.open(out / "runs.tar.gz", "w:gz") as archive:
+            archive.add(out / "train.parquet", f"train-{number}/notebook.ipynb")
+            archive.add(__file__, f"train-{number}/result.json")
+        collect(monkeypatch, out, results, rehearsal=True)
+        assert number or not list(results.iterdir())
+        collect(monkeypatch, out, results)
+    assert pd.read_parquet(results / "train-standard.parquet").set_index("run").loss.to_dict() == {"a": 1.0, "b": 2.5, "c": 3.0}
+    with tarfile.open(results / "gpu_runs.tar.gz") as kept:
+        assert kept.getnames() == ["train-0/result.json", "train-1/result.json"]
+        assert kept.extractfile("train-1/result.json").read() == Path(__file__).read_bytes()
