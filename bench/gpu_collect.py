@@ -48,6 +48,10 @@ def rows_of(report: dict) -> list[dict]:
             row(name, "ours, bfloat16", figures["bfloat16_tokens_per_s"], ratio=figures["bfloat16_time_ratio"])
         if name == "synthetic" and figures:
             row(name, "ours", figures["train_samples_per_s"], "samples/s", ratio=figures["epoch_ratio"])
+            for key, rate in figures.items():
+                if key.startswith(("replicas", "transformer")) and key.endswith("_samples_per_s"):
+                    way = key.removesuffix("_samples_per_s")
+                    row(name, way.replace("_", " "), rate, "samples/s", ratio=figures.get(f"{way}_ratio"))
     return rows
 
 

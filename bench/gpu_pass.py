@@ -42,12 +42,13 @@ SPEED = {
     "ways": ("bench_ways", "--steps", 20),
     "published shape": ("bench_train", "--json", "--shape", "published", "--steps", 3, "--share", 1, "--micro-tokens", 32768),
     "measuring": ("bench_measure", "--json", "--length", 2048, "--windows", 16),
-    "synthetic": ("bench_synthetic", "--json", "--rounds", 2, "--samples", 1_000_000, "--loop-samples", 20_000),
+    "synthetic": ("bench_synthetic", "--json", "--rounds", 1, "--samples", 0, "--micro-batch", 0, "--replicas", 8, "--replicas", 32, "--transformer"),
 }
 TINY_SPEED = {
     "ways": ("bench_ways", "--steps", 2, "--share", 2),
     "published shape": ("bench_train", "--json", "--shape", "tiny", "--steps", 2, "--share", 1),
     "measuring": ("bench_measure", "--json", "--length", 16, "--windows", 2, "--memory-length", 0, "--repeats", 1),
+    "synthetic": ("bench_synthetic", "--json", "--rounds", 1, "--samples", 0, "--micro-batch", 0, "--replicas", 2, "--transformer", "--size", "tiny"),
 }
 # Other grids: what differs from their files, and which cells. The large cells of `limited.toml` are 90 M tokens in 88,000 small steps each; on a GPU they
 # are runs of their own, with `device` for a parameter.
@@ -73,7 +74,7 @@ class Step:
 
     Args:
         name: what it does.
-        verdict: `passed`, `failed`, `cut` at its time limit, or `left out` for want of time.
+        verdict: `passed`, `failed`, `cut` at its time limit, `running`, or `left out` for want of time.
         seconds: wall time.
         limit: its time limit, seconds.
         figures: what it measured.
@@ -103,7 +104,7 @@ class Pass:
         self.out, self.work, self.deadline, self.rehearse = out, work, deadline, rehearse
         self.grid, self.text, self.model = grid, work / "words.jsonl", ROOT / "data/models/gpt-tokens-2048"
         if rehearse:
-            self.grid, self.model = small_grid(work, self.text), work / "model"
+            self.grid, self.model = small_grid(work / "quick", self.text), work / "model"
         self.steps: list[Step] = []
         self.way = os.environ.get("CTXNB_STEP", "eager")  # how steps of a run get to the GPU, see `ctxnb.experiments.graph`
         self.proven: set[str] = set()
@@ -133,6 +134,8 @@ class Pass:
         if step.limit >= 3:
             self.log.write(f"\n===== {name} (at most {step.limit:.0f} s): {' '.join(map(str, command))}\n")
             self.log.flush()
+            step.verdict = "running"  # what a report says of the step that was cut with its pass
+            self.report()
             self._run(step, command, keep, environment or {})
         self.report()
         return step
@@ -285,8 +288,8 @@ def fastest_way(rows: list[dict], proven: set[str]) -> str:
     return min(seconds, key=seconds.get) if seconds else "eager"
 
 
-def small_grid(work: Path, corpus: Path) -> Path:
-    """Write the grid of a rehearsal and its generated text: the real grid's template, runner and table, at tiny sizes."""
+def small_grid(folder: Path, corpus: Path) -> Path:
+    """Write the grid of a rehearsal into a folder, and its generated text: the real grid's template, runner and table, at tiny sizes."""
     from ctxnb.batch.grid import grid_toml
 
     words = random.Random(0).sample([a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "lnrst"], 200)
@@ -294,8 +297,8 @@ def small_grid(work: Path, corpus: Path) -> Path:
     corpus.write_text("".join(json.dumps({"text": " ".join(chance.choices(words, range(1, 201), k=120))}) + "\n" for _ in range(120)))
     content = tomllib.loads((STANDARD / "train.toml").read_text())
     parameters = content["parameters"] | TINY | {"corpus": str(corpus)}
-    grid = work / "quick" / "train.toml"
-    grid.parent.mkdir()
+    folder.mkdir()
+    grid = folder / "train.toml"
     grid.write_text(grid_toml(ROOT / content["notebook"], content["data"], parameters, TINY_AXES, {"workers": 2, "minutes": 0.1}))
     return grid
 
@@ -307,9 +310,10 @@ def science(run: Pass) -> None:
     fastest for a whole run, with what a compilation or a recording costs each of the 40 runs of a seed.
     """
     seeds = tomllib.loads(run.grid.read_text())["axes"]["seed"]
+    measured = run.rehearse or run.grid == STANDARD / "train.toml"  # not a grid of somebody's own
     for seed in seeds:
         run.run_grid(f"train: seed {seed}", run.grid, {}, [f"seed={seed}"])
-        if seed == seeds[0] and take_largest_model(run):
+        if measured and seed == seeds[0] and take_largest_model(run):
             other_grid(run, "measure_tokens")
 
 

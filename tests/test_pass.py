@@ -1,13 +1,18 @@
 """What a pass on a GPU decides and keeps: its scripts are read here as modules."""
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = ROOT / "bench"
 
 
 def script(name: str):
@@ -84,3 +89,39 @@ def test_a_table_keeps_the_rows_of_earlier_passes(tmp_path, monkeypatch):
     with tarfile.open(results / "gpu_runs.tar.gz") as kept:
         assert kept.getnames() == ["train-0/result.json", "train-1/result.json"]
         assert kept.extractfile("train-1/result.json").read() == Path(__file__).read_bytes()
+
+
+def bare_copy(folder: Path) -> Path:
+    """The project as a bare machine has it: what git tracks."""
+    for name in subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
+        if name and not name.startswith(("data/results/", "docs/")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_bare_machine_finds_what_the_bundle_holds(tmp_path):
+    """One copy of the project has a text and makes the bundle, the other has the grid alone, and goes on where an earlier pass stopped."""
+    home, bare, bundle, out = (tmp_path / name for name in ("home", "bare", "bundle", "out"))
+    for copy in (bare_copy(home), bare_copy(bare)):
+        for name in ("corpora", "results"):
+            (copy / "data" / name).mkdir()
+        corpus = copy / "data/corpora/words.jsonl"
+        grid = script("gpu_pass").small_grid(copy / "data/grids/tiny", corpus)
+        grid.write_text(grid.read_text().replace(str(corpus), "data/corpora/words.jsonl").replace("seed = [0, 1]", "seed = [0]"))
+    corpus.unlink()
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("CTXNB_")} | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+    def do(copy: Path, *command) -> None:
+        done = subprocess.run([*map(str, command)], cwd=copy, env=plain | {"PYTHONPATH": str(copy)}, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    for seconds in ("fresh", "resumed"):
+        do(home, sys.executable, "bench/gpu_bundle.py", bundle, "--no-wheels", "--grid", "data/grids/tiny/train.toml")
+        do(bare, "bash", "bench/gpu_pass.sh", bundle, out / seconds, 300, "--only=science", "--grid=data/grids/tiny/train.toml")
+        (step,) = json.loads((out / seconds / "report.json").read_text())["steps"][:1]
+        assert (step["verdict"], step["figures"]["runs in the table"]) == ("passed", 4)
+        do(home, sys.executable, "bench/gpu_collect.py", out / seconds)
+    runs = [pd.read_parquet(out / seconds / "train.parquet")[["run", "started"]] for seconds in ("fresh", "resumed")]
+    assert runs[0].equals(runs[1])  # none was made anew
