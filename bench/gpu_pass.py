@@ -336,11 +336,12 @@ def take_largest_model(run: Pass) -> bool:
     """Copy the model of the first seed's largest context and data size to where `measure_tokens.toml` expects it, if this pass has just trained it."""
     import pandas
 
-    if not (table := run.out / f"{run.grid.stem}.parquet").is_file():
+    table = run.out / f"{run.grid.stem}.parquet"
+    rows = pandas.read_parquet(table) if table.is_file() else pandas.DataFrame()
+    if rows.empty:
         return False
     axes = tomllib.loads(run.grid.read_text())["axes"]
     largest = {name: values[0] if name == "seed" else values[-1] for name, values in axes.items()}
-    rows = pandas.read_parquet(table)
     names = rows[(rows[list(largest)] == pandas.Series(largest)).all(axis=1)].run
     found = [model for name in names if (model := Path(os.environ["CTXNB_RUNS"]) / name / "model").is_dir()]
     for model in found:

@@ -125,3 +125,18 @@ def test_a_bare_machine_finds_what_the_bundle_holds(tmp_path):
         do(home, sys.executable, "bench/gpu_collect.py", out / seconds)
     runs = [pd.read_parquet(out / seconds / "train.parquet")[["run", "started"]] for seconds in ("fresh", "resumed")]
     assert runs[0].equals(runs[1])  # none was made anew
+
+
+def test_a_pass_that_trained_nothing_has_no_model_to_measure(tmp_path, monkeypatch):
+    take = script("gpu_pass")
+    run = take.Pass(tmp_path, tmp_path, 0.0, rehearse=True, grid=tmp_path)
+    assert not take.take_largest_model(run)
+    pd.DataFrame([]).to_parquet(tmp_path / "train.parquet")  # as `ctxnb results` writes a table without rows
+    assert not take.take_largest_model(run)
+    largest = {"train_tokens": 4000, "context_length": 16, "seed": 0}
+    pd.DataFrame([{"run": "small"} | largest | {"context_length": 4}, {"run": "large"} | largest]).to_parquet(tmp_path / "train.parquet")
+    monkeypatch.setenv("CTXNB_RUNS", str(tmp_path / "runs"))
+    for name in ("small", "large"):
+        (tmp_path / "runs" / name / "model").mkdir(parents=True)
+        (tmp_path / "runs" / name / "model" / name).touch()
+    assert take.take_largest_model(run) and [file.name for file in run.model.iterdir()] == ["large"]
