@@ -45,12 +45,13 @@ def test_the_grid_takes_the_fastest_way_that_is_proven():
     run = script("gpu_pass")
     verdicts = run.test_verdicts(PYTEST)
     assert list(verdicts.values()) == ["PASSED", "FAILED", "PASSED", "SKIPPED"]
-    assert run.proven_ways(verdicts) == {"compile", "graph"}
-    assert run.proven_ways(verdicts | {"test_graph_gives_the_losses_of_eager[0.0-inside]": "FAILED"}) == {"compile"}
-    assert run.proven_ways({}) == set()
-    assert run.fastest_way(ROWS, {"compile", "graph"}) == "compile+graph"
-    assert run.fastest_way(ROWS, {"graph"}) == "graph"
-    assert run.fastest_way(ROWS, {"compile"}) == run.fastest_way([], {"compile"}) == "eager"
+    assert run.proven_ways(verdicts) == {"eager", "compile", "graph"}
+    assert run.proven_ways(verdicts | {"test_graph_gives_the_losses_of_eager[0.0-inside]": "FAILED"}) == {"eager", "compile"}
+    assert run.proven_ways(verdicts | {"test_compiled_blocks_in_a_graph_give_the_losses_of_eager": "PASSED"}) == {"eager", "compile", "graph", "compile+graph"}
+    assert run.proven_ways({}) == {"eager"}
+    assert run.fastest_way(ROWS, {"eager", "compile", "graph", "compile+graph"}) == "compile+graph"
+    assert run.fastest_way(ROWS, {"eager", "compile", "graph"}) == "graph"
+    assert run.fastest_way(ROWS, {"eager", "compile"}) == run.fastest_way([], {"eager", "graph"}) == "eager"
 
 
 def collect(monkeypatch, out: Path, results: Path, rehearsal: bool = False, **report) -> None:
