@@ -531,7 +531,7 @@ def cells_text(cells: pd.DataFrame, name: str) -> str:
     done = f"`{name}`: {cells.attrs['finished']} of {cells.attrs['planned']} runs are finished."
     if cells.isna().all(axis=None):
         return f"{done} They want a GPU."
-    best = cells.idxmin(axis=1).where(cells.notna().all(axis=1)).map(lambda length: "" if pd.isna(length) else f"{length:.0f}")
+    best = cells.dropna().idxmin(axis=1).reindex(cells.index).map(lambda length: "" if pd.isna(length) else f"{length:.0f}")
     shown = cells.map(lambda loss: "" if pd.isna(loss) else f"{loss:.3f}").assign(best=best)
     shown.index = [f"{size:,}" for size in shown.index]
-    return f"{done} Cross-entropy in nats per token at exactly l visible tokens, mean over seeds; an empty cell has no run yet:\n\n" + shown.to_markdown()
+    return f"{done} Cross-entropy in nats per token at exactly l visible tokens, mean over seeds; an empty cell has no run yet:\n\n" + shown.to_markdown(disable_numparse=True)
