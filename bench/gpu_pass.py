@@ -385,6 +385,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a step ends with its pass
     if arguments.rehearse:
         os.environ["CTXNB_DATA"] = str(arguments.work / "data")  # its token stores are not kept
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products wait for each other's threads on a busy machine
     run = Pass(arguments.out, arguments.work, arguments.began + arguments.seconds, arguments.rehearse, arguments.grid.resolve())
     run.report()  # there is one also where the parts that were asked for have no step
     for part in (correctness, speed, science, others):
