@@ -51,8 +51,8 @@ TINY_SPEED = {
     "measuring": ("bench_measure", "--json", "--length", 16, "--windows", 2, "--memory-length", 0, "--repeats", 1),
     "synthetic": ("bench_synthetic", "--json", "--rounds", 1, "--samples", 0, "--micro-batch", 0, "--replicas", 2, "--transformer", "--size", "tiny"),
 }
-# Other grids: what differs from their files, and which cells. The large cells of `limited.toml` are 90 M tokens in 88,000 small steps each; on a GPU they
-# are runs of their own, with `device` for a parameter.
+# Other grids: what differs from their files, and which cells. The last two want more than ten minutes: the transformer is 40 M samples of 0.57 GFLOP in float32,
+# 23 PFLOP; the large cells of `limited.toml` are 90 M tokens in 88,000 small steps each, and on a GPU runs of their own, with `device` for a parameter.
 OTHERS = {
     "measure_tokens": ({}, []),
     "synthetic_transformer": ({}, ["seed=0"]),
