@@ -354,8 +354,10 @@ def whole_curves(runs: pd.DataFrame) -> list[Curve]:
 # %% ../../nbs/theory/planner.ipynb #dc7d3512
 def _check_best(best: Fit, cells: Cells, curves: Sequence[Curve]) -> tuple[float, float]:
     """Rules 3, 7 and 8; the lack of fit."""
-    if best.r2 < MIN_R2:
-        raise Misfit(f"the best law ({best.form.name}) explains {best.r2:.0%} of the variance of the pilots; at least {MIN_R2:.0%} is needed")
+    total, one = cells.root @ cells.loss, cells.root.sum(axis=1)
+    share = 1 - best.rss / float(((total - one * (one @ total) / (one @ one)) ** 2).sum())  # whitened: a subset's level, shared by its lengths, is no misfit
+    if share < MIN_R2:
+        raise Misfit(f"the best law ({best.form.name}) explains {share:.0%} of the variance of the pilots; at least {MIN_R2:.0%} is needed")
     lack = lack_of_fit(best, cells)
     if lack[1] < LACK:
         raise Misfit(f"no law of the list describes these runs: the best one ({best.form.name}) misses the cells by "
