@@ -238,7 +238,7 @@ def fill_gallery(app, page, template, context, doctree) -> None:
 
 def setup(app) -> None:
     app.connect("env-updated", source_links_to_reference)
-    app.connect("env-updated", number_figures_by_page)
+    app.connect("env-check-consistency", number_figures_by_page)  # Sphinx has numbered them by then
     app.connect("sphinx-click-process-epilog", lambda app, context, lines: lines.clear())  # the page has it as lists
     app.connect("html-page-context", add_scripts)
     app.connect("html-page-context", fill_gallery)
