@@ -285,7 +285,7 @@ def test_planner_says_what_the_command_says(planner, asked):
 def test_planner_takes_millions_and_refuses_words(planner):
     planner.locator("div.planner select[name=fit]").select_option(index=0)
     planner.locator("div.planner input[name=exact]").fill("50M")
-    assert "No advice" in planner.locator("div.planner p.headline").inner_text()
+    assert "No prediction" in planner.locator("div.planner p.headline").inner_text()
     target = planner.locator("div.planner p.headline a").get_attribute("href")
     assert planner.locator(target).count() == 1, "the refusal links to what to do"
     planner.locator("div.planner select[name=unit]").select_option(index=1)  # GPT-2 tokens of some five bytes

@@ -62,8 +62,8 @@
       }
       const answer = pilots.answers.reduce((a, b) => (Math.abs(Math.log(b.D / asked)) < Math.abs(Math.log(a.D / asked)) ? b : a));
       exact.nextElementSibling.textContent = `${inTokens ? `= ${Math.round(asked).toLocaleString("en")} ` : ""}${pilots.unit}s; shown: ${answer.D.toLocaleString("en")}`;
-      headline.textContent = answer.headline ?? "No advice; the reason is below. ";
-      if (!answer.headline) headline.insertAdjacentHTML("beforeend", '<a href="#what-to-do">What to do</a>');
+      headline.textContent = answer.headline;
+      if (answer.refused) headline.insertAdjacentHTML("beforeend", '<a href="#what-to-do">What to do</a>');
       if (pilots.simulated) headline.insertAdjacentHTML("afterbegin", '<span class="badge">simulated</span> ');
       words.textContent = answer.text;
       plot(svg, pilots, answer);
