@@ -203,7 +203,7 @@ def prepare() -> dict[str, str]:
         shows |= {run: page for table in fresh.values() for run in find_runs([table]) if run not in shows}
         quoted = " ".join(re.findall(r"^> *(.*)", nb.cells[0].source, re.MULTILINE)) if nb.cells else ""
         subtitles[page] = re.sub(r"\[([^]]*)\]\([^)]*\)|[*`]", r"\1", quoted)
-        for line in note_provenance(nb, (committed | fresh).values()):
+        for line in note_provenance(nb, filter(Path.is_file, (committed | fresh).values())):  # a page may name a table that nobody has made yet
             print(f"site: stale or incomplete: {shown(path)}: {line}", flush=True)
         tidy_tables(nb, runs)
         if page in chapters:
