@@ -64,7 +64,8 @@ def _panels(table: pd.DataFrame, unit: str, draw: Callable[[plt.Axes, int], None
     for axis, size in zip(axes[0], sizes):
         draw(axis, size)
         axis.set_title(f"{size:,} training tokens", fontsize="medium")
-        context_axis(axis, np.asarray(ticks), label)
+        context_axis(axis, np.asarray(ticks), "")
+    figure.supxlabel(label, fontsize="medium")
     axes[0, 0].set_ylabel(f"cross-entropy (nats per {unit})")
     legend_beside(axes[0, -1], legend)
     sns.despine(figure)
