@@ -73,11 +73,8 @@ gpu-rehearsal: .venv/.ready
 	PYTHON=$(BIN)/python bash bench/gpu_pass.sh gpu-bundle-rehearsal gpu-out-rehearsal 420 --rehearse
 	@rm -rf gpu-bundle-rehearsal gpu-out-rehearsal
 
-# What a pass brought back (its OUT folder): its runs go to this machine's, so that a later bundle has them, and into the committed table.
-gpu-collect: .venv/.ready
-	mkdir -p $(RUNS) && tar -xzf $(OUT)/runs.tar.gz -C $(RUNS)
-	$(BIN)/ctxnb results data/grids/standard/train.toml -o data/results/train-standard.parquet
-	$(BIN)/python bench/speed_table.py $(OUT)/report.json -o data/results/speed.parquet
+gpu-collect: .venv/.ready  ## put what a pass brought back (OUT=folder) into data/results, to be committed
+	$(BIN)/python bench/gpu_collect.py $(OUT)
 
 golden: .venv/.ready  ## run a small cell of each template and write its losses to tests/golden, after a new recipe
 	$(BIN)/python tests/golden_cells.py write

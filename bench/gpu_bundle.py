@@ -2,8 +2,9 @@
 
 Run `make gpu-bundle` (that is `python bench/gpu_bundle.py gpu-bundle`) where there is a network; carry the folder and the project to the GPU;
 there run `bash bench/gpu_pass.sh gpu-bundle OUT`. The machine is taken to have PyTorch for CUDA, transformers and the other packages of `THERE`
-with all that they need; everything else that the runner imports travels as a wheel. Data are the corpora and token stores that `GRIDS` name,
-in one archive with their times, and the runs of `data/grids/standard/train.toml` that earlier passes finished, so that a pass goes on where the last one stopped.
+with all that they need; everything else that the runner imports travels as a wheel. Data are the corpus and the token store of a grid, and the runs that earlier
+passes finished (`bench/gpu_collect.py`), so that a pass goes on where the last one stopped. The later grids of a pass read the same corpus in other tokens, which
+would bring the bundle above its 50 MB (14 MB for `limited.toml`); they are made there, in seconds on 16 cores.
 """
 import argparse
 import importlib.metadata
@@ -15,8 +16,13 @@ import sys
 import tarfile
 from pathlib import Path
 
+from ctxnb.batch.grid import Grid, read_grid
+from ctxnb.batch.runs import DataSource
+from ctxnb.paths import data_dir
+
 ROOT = Path(__file__).resolve().parents[1]
-GRIDS = ("data/grids/standard/train.toml",)
+GRID = ROOT / "data/grids/standard/train.toml"
+RUNS = ROOT / "data/results/gpu_runs.tar.gz"  # of earlier passes
 THERE = ("torch", "transformers", "numpy", "pandas", "pyarrow", "tiktoken", "tokenizers", "safetensors", "scipy", "scikit-learn", "matplotlib", "psutil")
 NEEDED = ("papermill", "execnb", "fastcore", "pebble", "nbformat", "filelock", "click", "tqdm", "pytest", "pytest-xdist")  # with all that they need in turn
 ALONE = ("accelerate",)  # what it needs is there, and would bring PyTorch's libraries along
@@ -60,65 +66,45 @@ def fetch_wheels(folder: Path, python: str) -> None:
             wheel.unlink()
 
 
-def prepare_data(grids: tuple[str, ...]) -> list[Path]:
-    """Build what the grids read, where it is not there; the files and folders that they read."""
-    from ctxnb.batch.grid import read_grid
-    from ctxnb.batch.runs import DataSource
-    from ctxnb.paths import data_dir
-
-    found = []
-    for name in grids:
-        grid = read_grid(ROOT / name)
-        parameters = grid.template.defaults | grid.parameters
-        store = DataSource(grid.data_source, ROOT).open(parameters, build=True)
-        found.append(Path(store.folder))
-        corpus = ROOT / str(parameters["corpus"])
-        found += [file for file in (corpus, corpus.with_suffix(".json")) if file.is_file()]
-    outside = [path for path in found if not path.is_relative_to(data_dir())]
-    if outside:
+def prepare_data(grid: Grid) -> list[Path]:
+    """Build the token store that a grid reads, where it is not there; the files and folders that it reads."""
+    parameters = grid.template.defaults | grid.parameters
+    store = DataSource(grid.data_source, ROOT).open(parameters, build=True)
+    corpus = ROOT / str(parameters["corpus"])
+    found = [Path(store.folder), *(file for file in (corpus, corpus.with_suffix(".json")) if file.is_file())]
+    if outside := [path for path in found if not path.is_relative_to(data_dir())]:
         raise SystemExit(f"outside the data folder {data_dir()}: {', '.join(map(str, outside))}")
-    return sorted(set(found))
+    return found
 
 
-def earlier_runs(grids: tuple[str, ...]) -> list[Path]:
-    """Small files of the finished runs of these grids."""
-    from ctxnb.batch.grid import read_grid
-    from ctxnb.batch.launch import plan
-    from ctxnb.paths import runs_dir
-
-    folders = [state.folder for name in grids for state in plan(read_grid(ROOT / name), runs_dir()).states if state.state == "done"]
-    return [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in (".json", ".ipynb", ".log")]
-
-
-def pack(folder: Path, grids: tuple[str, ...]) -> None:
-    """Write `data.tar.xz`: data and finished runs below `data/` and `runs/`."""
-    from ctxnb.paths import data_dir, runs_dir
-
-    with tarfile.open(folder / "data.tar.xz", "w:xz", preset=1) as archive:
-        for path in prepare_data(grids):
-            archive.add(path, Path("data") / path.relative_to(data_dir()))
-        for path in earlier_runs(grids):
-            archive.add(path, Path("runs") / path.relative_to(runs_dir()))
+def pack(archive: Path, grid: Grid) -> None:
+    """Write what a grid reads as an archive to be unpacked in a project."""
+    with tarfile.open(archive, "w:xz", preset=1) as file:
+        for path in prepare_data(grid):
+            file.add(path, Path("data") / path.relative_to(data_dir()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--grid", type=Path, default=GRID, help="what the pass trains; the standard grid on tokens when not given")
     parser.add_argument("--python", default="3.12", help="version of the machine's Python")
     parser.add_argument("--no-wheels", action="store_true", help="for a rehearsal in this environment, which has all packages")
     parser.add_argument("--no-data", action="store_true", help="for a rehearsal, which makes its own small data")
     arguments = parser.parse_args()
+    folder, grid = arguments.folder.resolve(), arguments.grid.resolve()
     os.chdir(ROOT)
-    sys.path.insert(0, str(ROOT))
-    shutil.rmtree(arguments.folder, ignore_errors=True)
-    wheels = arguments.folder / "wheels"
+    shutil.rmtree(folder, ignore_errors=True)
+    wheels = folder / "wheels"
     wheels.mkdir(parents=True)
     if not arguments.no_wheels:
         fetch_wheels(wheels, arguments.python)
     if not arguments.no_data:
-        pack(arguments.folder, GRIDS)
-    size = sum(file.stat().st_size for file in arguments.folder.rglob("*") if file.is_file()) / 1e6
-    print(f"{arguments.folder}: {len(list(wheels.glob('*.whl')))} wheels for Python {arguments.python}, {size:.1f} MB in all")
+        pack(folder / "data.tar.xz", read_grid(grid))
+        if RUNS.is_file():
+            shutil.copy(RUNS, folder / "runs.tar.gz")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+    print(f"{folder}: {len(list(wheels.glob('*.whl')))} wheels for Python {arguments.python}, {size:.1f} MB in all")
     if size > MOST_MB:
         raise SystemExit(f"more than {MOST_MB} MB")
 

@@ -3,7 +3,8 @@
 1. Correctness: the tests marked `gpu`.
 2. Speed: `bench_ways.py`, `bench_train.py`, `bench_measure.py`, `bench_synthetic.py` on CUDA.
 3. The token-scale table: `data/grids/standard/train.toml` by `ctxnb run`, seed 0 first, the smallest data size first; steps in the way that step 2 found fastest.
-4. Where time is left: the synthetic transformer at its standard sizes, the representations of the largest trained model, the large cells of `limited.toml`.
+   After seed 0, in seconds, the loss and the representations of its largest model (`measure_tokens.toml`): models are too large to be brought back.
+4. Where time is left: the synthetic transformer at its standard sizes, the large cells of `limited.toml`.
 
 Each step is a process with a time limit. What it says is appended to `log.txt`, and `report.json` and `report.md` are written after each, so that a cut
 at any second loses at most one step. Limits are shares of the pass, or what is left of it; a step that hits its limit is no failure where it works in
@@ -11,8 +12,10 @@ pieces that are kept (`cut` in the report).
 """
 import argparse
 import datetime
+import importlib.util
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -24,28 +27,46 @@ import tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ctxnb.paths import write_atomic
+
 ROOT = Path(__file__).resolve().parents[1]
 CTXNB = [sys.executable, "-c", "from ctxnb.cli import main; main()"]
-GRID = ROOT / "data/grids/standard/train.toml"
+STANDARD = ROOT / "data/grids/standard"
+NEEDED = ("torch", "transformers", "accelerate", "numpy", "pandas", "pyarrow", "tiktoken", "tokenizers", "safetensors", "scipy", "sklearn", "matplotlib", "psutil",
+          "papermill", "execnb", "pebble", "pytest")
 SPARE = 15.0  # seconds kept for the last report, the table and the archive
 KEEP_EVERY = 30.0  # seconds between two saves of a step that works in pieces
+SHORTEST = 8.0  # seconds without which no step is begun
 # 225 in all; with 15 to spare one seed of the grid has the 330 of 570 seconds that its comment asks for. The ways come first: the grid takes the fastest.
 SECONDS = {"correctness": 60, "speed: ways": 70, "speed: published shape": 55, "speed: measuring": 25, "speed: synthetic": 15}
 SPEED = {
     "ways": ("bench_ways", "--steps", 20),
     "published shape": ("bench_train", "--json", "--shape", "published", "--steps", 3, "--share", 1, "--micro-tokens", 32768),
     "measuring": ("bench_measure", "--json", "--length", 2048, "--windows", 16),
-    "synthetic": ("bench_synthetic", "--json", "--rounds", 2, "--samples", 1_000_000, "--loop-samples", 20_000),
+    "synthetic": ("bench_synthetic", "--json", "--rounds", 1, "--samples", 0, "--micro-batch", 0, "--replicas", 8, "--replicas", 32, "--transformer"),
 }
 TINY_SPEED = {
     "ways": ("bench_ways", "--steps", 2, "--share", 2),
     "published shape": ("bench_train", "--json", "--shape", "tiny", "--steps", 2, "--share", 1),
     "measuring": ("bench_measure", "--json", "--length", 16, "--windows", 2, "--memory-length", 0, "--repeats", 1),
+    "synthetic": ("bench_synthetic", "--json", "--rounds", 1, "--samples", 0, "--micro-batch", 0, "--replicas", 2, "--transformer", "--size", "tiny"),
+}
+# Other grids: what differs from their files, and which cells. The last two want more than ten minutes: the transformer is 40 M samples of 0.57 GFLOP in float32,
+# 23 PFLOP; the large cells of `limited.toml` are 90 M tokens in 88,000 small steps each, and on a GPU runs of their own, with `device` for a parameter.
+OTHERS = {
+    "measure_tokens": ({}, []),
+    "synthetic_transformer": ({}, ["seed=0"]),
+    "limited": ({"device": "cuda"}, ["train_tokens=800000", "context_length=16,64,256"]),
 }
 # What makes a run of the rehearsal small; all else is the real grid's.
 TINY = dict(tokenizer="bytes", min_tokens=1, max_context=16, segment_tokens=512, layers=1, heads=2, width=16, tokens_per_step=128,
             epochs=[0.5, 1.0], candidates=[[0.0, 0.1, 0.002], [0.1, 0.1, 0.002]], dev_targets=2, test_targets=2, train_targets=4, device="cpu")
 TINY_AXES = dict(train_tokens=[2000, 4000], context_length=[4, 16], seed=[0, 1])
+TINY_OTHERS = {
+    "measure_tokens": (dict(max_context=16, context_length=[4, 16], targets_per_document=8, layers=[0, -1]), []),
+    "synthetic_transformer": (dict(epochs=1, width=16, layers=2, visible=[15, 60], train_samples=2000, dev_samples=500, test_samples=500, feature_samples=300), ["seed=0"]),
+    "limited": (TINY | dict(train_tokens=[2000, 4000], context_length=[4, 16]), ["train_tokens=4000", "seed=0"]),
+}
 
 
 @dataclass
@@ -54,7 +75,7 @@ class Step:
 
     Args:
         name: what it does.
-        verdict: `passed`, `failed`, `cut` at its time limit, or `left out` for want of time.
+        verdict: `passed`, `failed`, `cut` at its time limit, `running`, or `left out` for want of time.
         seconds: wall time.
         limit: its time limit, seconds.
         figures: what it measured.
@@ -70,12 +91,24 @@ class Step:
 
 
 class Pass:
-    """A pass: its deadline, its folders, its report."""
+    """A pass: its deadline, its folders, its report.
 
-    def __init__(self, out: Path, work: Path, deadline: float, rehearse: bool):
+    Args:
+        out: where results go.
+        work: for what is not kept.
+        deadline: when all has to be written, seconds since 1970.
+        rehearse: tiny sizes on the CPU.
+        grid: what step 3 trains; a rehearsal makes its own.
+    """
+
+    def __init__(self, out: Path, work: Path, deadline: float, rehearse: bool, grid: Path):
         self.out, self.work, self.deadline, self.rehearse = out, work, deadline, rehearse
+        self.grid, self.text, self.model = grid, work / "words.jsonl", ROOT / "data/models/gpt-tokens-2048"
+        if rehearse:
+            self.grid, self.model = small_grid(work / "quick", self.text), work / "model"
         self.steps: list[Step] = []
-        self.way = "eager"  # how steps of a run get to the GPU, see `ctxnb.experiments.graph`
+        self.way = os.environ.get("CTXNB_STEP", "eager")  # how steps of a run get to the GPU, see `ctxnb.experiments.graph`
+        self.proven = {"eager"}
         self.about = {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "rehearsal": rehearse, **machine()}
         self.log = (out / "log.txt").open("a")
 
@@ -99,29 +132,46 @@ class Pass:
         """
         step = Step(name, "left out", limit=round(min(limit, self.left), 1))
         self.steps.append(step)
-        if step.limit >= 3:
+        if step.limit >= SHORTEST:
             self.log.write(f"\n===== {name} (at most {step.limit:.0f} s): {' '.join(map(str, command))}\n")
             self.log.flush()
+            step.verdict = "running"  # what a report says of the step that was cut with its pass
+            self.report()
             self._run(step, command, keep, environment or {})
         self.report()
         return step
 
+    def run_grid(self, name: str, grid: Path, changes: dict, cells: list[str]) -> None:
+        """Run cells of a grid as a step.
+
+        Args:
+            name: for the report.
+            grid: its file.
+            changes: parameters other than the file's, in the runs and in their table.
+            cells: values of axes, such as "seed=0"; the table has all finished runs.
+        """
+        sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}")]
+        command = [*CTXNB, "run", grid, *sets, *(word for cell in cells for word in ("--only", cell))]
+        self.step(name, command, self.left, lambda step: keep(self, step, grid, sets), {"CTXNB_STEP": self.way})
+
     def _run(self, step: Step, command: list, keep, environment: dict) -> None:
         began, output = time.time(), self.work / "output"
         with output.open("w") as file:
-            process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | environment,
-                                       start_new_session=True)
-            while process.poll() is None and (over := step.limit - (time.time() - began)) > 0:
-                try:
-                    process.wait(timeout=min(over, KEEP_EVERY))
-                except subprocess.TimeoutExpired:
-                    if keep:
-                        keep(step)
-            if process.poll() is None:
-                step.verdict = "cut" if keep else "failed"
-                end(process)
-            else:
-                step.verdict = "failed" if process.returncode else "passed"
+            # a group of its own to end it by, in the session of the pass, so that whoever ends that one ends both
+            process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | environment, process_group=0)
+            try:
+                while process.poll() is None and (over := step.limit - (time.time() - began)) > 0:
+                    try:
+                        process.wait(timeout=min(over, KEEP_EVERY))
+                    except subprocess.TimeoutExpired:
+                        if keep:
+                            keep(step)
+            finally:
+                if in_time := process.poll() is not None:
+                    step.verdict = "failed" if process.returncode else "passed"
+                else:
+                    step.verdict = "cut" if keep else "failed"
+                    end(process)
         step.seconds = round(time.time() - began, 1)
         text = output.read_text(errors="replace")
         self.log.write(text)
@@ -129,14 +179,16 @@ class Pass:
         step.figures = last_json(text)
         if keep:
             keep(step)
+        elif step.figures and not in_time:
+            step.verdict = "cut"  # a bench that said what it had measured
         if step.verdict == "failed":
-            step.said = f"ended at its limit of {step.limit:.0f} s; " * (step.seconds >= step.limit) + text.strip()[-600:]
+            step.said = f"ended at its limit of {step.limit:.0f} s; " * (not in_time) + text.strip()[-600:]
 
     def report(self) -> None:
         """Write `report.json` and `report.md`."""
         content = self.about | {"way": self.way, "seconds_left": round(self.left, 1), "steps": [asdict(step) for step in self.steps]}
-        (self.out / "report.json").write_text(json.dumps(content, indent=1))
-        (self.out / "report.md").write_text(as_page(self.about, self.steps))
+        write_atomic(self.out / "report.json", json.dumps(content, indent=1))
+        write_atomic(self.out / "report.md", as_page(self.about, self.steps))
 
 
 def end(process: subprocess.Popen) -> None:
@@ -189,15 +241,29 @@ def correctness(run: Pass) -> None:
     """The tests marked `gpu`; in a rehearsal on the CPU."""
     limit = run.left if run.rehearse else SECONDS["correctness"]
     workers = [] if run.rehearse else ["-n", 4]  # each imports PyTorch, for which two cores are too few
-    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "-p", "no:cacheprovider", "--durations=8", "-rf", *workers]
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-v", "-p", "no:cacheprovider", "--durations=8", *workers]
     step = run.step("correctness", command, limit, environment={"CTXNB_GPU_REHEARSAL": "1"} if run.rehearse else {})
-    text = (run.work / "output").read_text() if step.seconds else ""
-    step.figures = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", text)}
-    step.figures["failures"] = re.findall(r"^FAILED \S+::(\S+)", text, re.MULTILINE)
-    if step.figures.get("skipped") and step.verdict == "passed" and not run.rehearse:
+    verdicts = test_verdicts((run.work / "output").read_text() if step.seconds else "")
+    step.figures = {word.lower(): sum(verdict == word for verdict in verdicts.values()) for word in ("PASSED", "FAILED", "SKIPPED")}
+    step.figures["failures"] = [name for name, verdict in verdicts.items() if verdict == "FAILED"]
+    run.proven = proven_ways(verdicts)
+    if step.figures["skipped"] and step.verdict == "passed" and not run.rehearse:
         step.verdict = "failed"  # here every test has its GPU
         step.said = "tests were skipped"
     run.report()
+
+
+def test_verdicts(text: str) -> dict[str, str]:
+    """Name of each finished test -> PASSED, FAILED or SKIPPED, from pytest's verbose lines with and without workers; also of a run that was cut."""
+    found = re.findall(r"^\S+::(\S+) (PASSED|FAILED|SKIPPED)|^\[gw\d+\].*? (PASSED|FAILED|SKIPPED) \S+::(\S+)", text, re.MULTILINE)
+    return {first or second: one or other for first, one, other, second in found}
+
+
+def proven_ways(verdicts: dict[str, str]) -> set[str]:
+    """Ways of a step whose tests all passed; those of masked windows say nothing about the grid, whose windows stay inside documents."""
+    tests = {"compile": "test_compiled_gives", "graph": "test_graph_gives", "compile+graph": "test_compiled_blocks_in_a_graph"}
+    of = {way: {verdict for name, verdict in verdicts.items() if name.startswith(test) and "masked" not in name} for way, test in tests.items()}
+    return {"eager"} | {way for way, found in of.items() if found == {"PASSED"}}
 
 
 def speed(run: Pass) -> None:
@@ -208,41 +274,35 @@ def speed(run: Pass) -> None:
         limit = run.left if run.rehearse else SECONDS[f"speed: {name}"]
         step = run.step(f"speed: {name}", [sys.executable, f"bench/{script}.py", *device, *options], limit)
         if name == "ways":
-            tests = next((other.figures.get("failures", []) for other in run.steps if other.name == "correctness"), [])
-            run.way = fastest_way(step.figures.get("results", []), tests)
+            run.way = fastest_way(step.figures.get("results", []), run.proven)
 
 
-def fastest_way(rows: list[dict], failures: list[str]) -> str:
-    """The way of a step in which a run of the grid is over first, of those that gave the right loss and whose test passed.
+def fastest_way(rows: list[dict], proven: set[str]) -> str:
+    """The way of a step in which a run of the grid is over first, of those that gave the right loss and whose tests passed.
 
     Args:
         rows: results of `bench_ways.py`, all or those before a cut.
-        failures: names of failed tests; those of masked windows say nothing about the grid, whose windows stay inside documents.
+        proven: see `proven_ways`.
 
     Returns:
         "eager" where nothing was measured, else a key of `STEP_WAYS`.
     """
-    broken = {word for word in ("graph", "compile") if any(word in name and "masked" not in name for name in failures)}
-    seconds = {row["way"]: row["run_s"] for row in rows if "run_s" in row and not broken & set(row["way"].split("+"))}
+    seconds = {row["way"]: row["run_s"] for row in rows if "run_s" in row and row["way"] in proven}
     return min(seconds, key=seconds.get) if seconds else "eager"
 
 
-def small_grid(run: Pass) -> Path:
-    """The grid at tiny sizes on generated text: the same template, runner and table."""
-    import random
-
+def small_grid(folder: Path, corpus: Path) -> Path:
+    """Write the grid of a rehearsal into a folder, and its generated text: the real grid's template, runner and table, at tiny sizes."""
     from ctxnb.batch.grid import grid_toml
 
     words = random.Random(0).sample([a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in "lnrst"], 200)
     chance = random.Random(1)
-    corpus = run.work / "words.jsonl"
     corpus.write_text("".join(json.dumps({"text": " ".join(chance.choices(words, range(1, 201), k=120))}) + "\n" for _ in range(120)))
-    content = tomllib.loads(GRID.read_text())
+    content = tomllib.loads((STANDARD / "train.toml").read_text())
     parameters = content["parameters"] | TINY | {"corpus": str(corpus)}
-    grid = run.work / "quick" / "train.toml"
-    grid.parent.mkdir()
-    resources = {"workers": 2, "minutes": 0.1}
-    grid.write_text(grid_toml(ROOT / content["notebook"], content["data"], parameters, TINY_AXES, resources))
+    folder.mkdir()
+    grid = folder / "train.toml"
+    grid.write_text(grid_toml(ROOT / content["notebook"], content["data"], parameters, TINY_AXES, {"workers": 2, "minutes": 0.1}))
     return grid
 
 
@@ -252,57 +312,51 @@ def science(run: Pass) -> None:
     Several runs share the GPU, so the gaps between one run's small kernels are filled by the others. Steps get to it in the way that was measured as
     fastest for a whole run, with what a compilation or a recording costs each of the 40 runs of a seed.
     """
-    grid = small_grid(run) if run.rehearse else GRID
-    for seed in tomllib.loads(grid.read_text())["axes"]["seed"]:
-        if run.left > 8:
-            run.step(f"train: seed {seed}", [*CTXNB, "run", grid, "--only", f"seed={seed}"], run.left, keep=lambda step: keep(run, step, grid),
-                     environment={"CTXNB_STEP": run.way})
+    seeds = tomllib.loads(run.grid.read_text())["axes"]["seed"]
+    measured = run.rehearse or run.grid == STANDARD / "train.toml"  # not a grid of somebody's own
+    for seed in seeds:
+        run.run_grid(f"train: seed {seed}", run.grid, {}, [f"seed={seed}"])
+        if measured and seed == seeds[0] and take_largest_model(run):
+            other_grid(run, "measure_tokens")
 
 
 def others(run: Pass) -> None:
-    """Where time is left: each a grid of its own, whose table grows with each pass. The rehearsal has the one that needs no model of the grid before it."""
-    if not run.rehearse:
-        copy_largest_model(run)
-    standard = ROOT / "data/grids/standard"
-    for name, options in (TINY_OTHERS if run.rehearse else OTHERS).items():
-        grid = standard / f"{name}.toml"
-        if run.left > 10:
-            run.step(name, [*CTXNB, "run", grid, *options], run.left, keep=lambda step, grid=grid, options=options: keep(run, step, grid, options), environment={"CTXNB_STEP": run.way})
+    """Where time is left: each a grid of its own, whose table grows with each pass."""
+    for name in ("synthetic_transformer", "limited"):
+        other_grid(run, name)
 
 
-# The large cells of `limited.toml` are 90 M tokens in 88,000 small steps each; on a GPU they are runs of their own, with `device` for a parameter.
-OTHERS = {
-    "synthetic_transformer": ["--only", "seed=0"],
-    "measure_tokens": [],
-    "limited": ["--set", "device=cuda", "--only", "train_tokens=800000", "--only", "context_length=16,64,256"],
-}
-TINY_OTHERS = {
-    "synthetic_transformer": ["--only", "seed=0", *(word for change in ("epochs=1", "width=16", "layers=2", "visible=[15,60]", "train_samples=2000", "dev_samples=500",
-                              "test_samples=500", "feature_samples=300") for word in ("--set", change))],
-}
+def other_grid(run: Pass, name: str) -> None:
+    """Run one of `OTHERS`; a rehearsal gives it tiny sizes, and its own text and model."""
+    changes, cells = (TINY_OTHERS if run.rehearse else OTHERS)[name]
+    own = {"measure_tokens": {"model": str(run.model), "corpus": str(run.text)}, "limited": {"corpus": str(run.text)}}
+    run.run_grid(name, STANDARD / f"{name}.toml", changes | (own.get(name, {}) if run.rehearse else {}), cells)
 
 
-def copy_largest_model(run: Pass) -> None:
-    """Put the first seed's model of the largest context and data size where `measure_tokens.toml` expects it, if this pass trained it."""
+def take_largest_model(run: Pass) -> bool:
+    """Copy the model of the first seed's largest context and data size to where `measure_tokens.toml` expects it, if this pass has just trained it."""
     import pandas
 
-    if not (table := run.out / f"{GRID.stem}.parquet").is_file():
-        return
-    largest = {name: values[-1] for name, values in tomllib.loads(GRID.read_text())["axes"].items() if name != "seed"} | {"seed": 0}
-    rows = pandas.read_parquet(table)
-    rows = rows[(rows[list(largest)] == pandas.Series(largest)).all(axis=1)]
-    for name in rows.run:
-        if (model := Path(os.environ["CTXNB_RUNS"]) / name / "model").is_dir():
-            shutil.copytree(model, ROOT / "data/models/gpt-tokens-2048", dirs_exist_ok=True)
+    table = run.out / f"{run.grid.stem}.parquet"
+    rows = pandas.read_parquet(table) if table.is_file() else pandas.DataFrame()
+    if rows.empty:
+        return False
+    axes = tomllib.loads(run.grid.read_text())["axes"]
+    largest = {name: values[0] if name == "seed" else values[-1] for name, values in axes.items()}
+    names = rows[(rows[list(largest)] == pandas.Series(largest)).all(axis=1)].run
+    found = [model for name in names if (model := Path(os.environ["CTXNB_RUNS"]) / name / "model").is_dir()]
+    for model in found:
+        shutil.copytree(model, run.model, dirs_exist_ok=True)
+    return bool(found)
 
 
-def keep(run: Pass, step: Step, grid: Path, options: list = ()) -> None:
+def keep(run: Pass, step: Step, grid: Path, sets: list[str]) -> None:
     """Write the table of a grid's runs so far, and an archive of the small files of all finished runs."""
     import pandas
 
     table = run.out / f"{grid.stem}.parquet"
     try:
-        subprocess.run([*CTXNB, "results", grid, *options, "-o", table], cwd=ROOT, stdout=run.log, stderr=run.log, timeout=60)
+        subprocess.run([*CTXNB, "results", grid, *sets, "-o", table], cwd=ROOT, stdout=run.log, stderr=run.log, timeout=60)
     except subprocess.TimeoutExpired:
         run.log.write(f"the table of {grid.stem} took more than a minute: left as it was\n")  # the runs are kept all the same
     if table.is_file() and len(rows := pandas.read_parquet(table)):
@@ -312,7 +366,7 @@ def keep(run: Pass, step: Step, grid: Path, options: list = ()) -> None:
         for file in sorted(runs.glob("*-*/*")):
             if file.suffix in (".json", ".ipynb", ".log") and not file.parent.name.endswith(".partial"):
                 archive.add(file, file.relative_to(runs))
-    partial.replace(run.out / "runs.tar.gz")
+    write_atomic(run.out / "runs.tar.gz", partial.read_bytes())
     run.report()
 
 
@@ -324,9 +378,15 @@ def main() -> int:
     parser.add_argument("--began", type=float, default=time.time(), help="when the pass began, seconds since 1970")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny sizes")
     parser.add_argument("--only", choices=["correctness", "speed", "science", "others"], help="only this part")
+    parser.add_argument("--grid", type=Path, default=STANDARD / "train.toml", help="what step 3 trains")
     arguments = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
-    run = Pass(arguments.out, arguments.work, arguments.began + arguments.seconds, arguments.rehearse)
+    if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise SystemExit(f"neither on this machine nor in the bundle: {', '.join(lacking)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a step ends with its pass
+    if arguments.rehearse:
+        os.environ["CTXNB_DATA"] = str(arguments.work / "data")  # its token stores are not kept
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products wait for each other's threads on a busy machine
+    run = Pass(arguments.out, arguments.work, arguments.began + arguments.seconds, arguments.rehearse, arguments.grid.resolve())
     run.report()  # there is one also where the parts that were asked for have no step
     for part in (correctness, speed, science, others):
         if arguments.only in (None, part.__name__):

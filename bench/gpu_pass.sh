@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# bash bench/gpu_pass.sh BUNDLE OUT [SECONDS] [--rehearse] [--only=correctness|speed|science|others]
+# bash bench/gpu_pass.sh BUNDLE OUT [SECONDS] [--rehearse] [--only=correctness|speed|science|others] [--grid=FILE]
 #
 # Everything that this project does on CUDA, proven, timed and begun, in SECONDS (570) on one GPU without a network. BUNDLE is the folder that
 # `make gpu-bundle` made; results go into OUT as they come: report.md says what happened, report.json holds its figures. --rehearse does the same
-# on a CPU with tiny sizes. The steps are in bench/gpu_pass.py; here an environment is made for them: the machine's packages, and behind them the bundle's.
+# on a CPU with tiny sizes. The steps are in bench/gpu_pass.py; here an environment is made for them: the machine's packages, and behind them the
+# bundle's. The bundle's texts go into the project's `data`, where grids look for them; everything else is written under OUT or a temporary folder.
 set -euo pipefail
 began=$(date +%s)
 options=()
@@ -32,8 +33,10 @@ there = [folder for folder in sys.path if folder.endswith("-packages")]
 (packages / "project.pth").write_text(f"{project}\n")
 PYTHON
 
-if [ -f "$bundle/data.tar.xz" ]; then tar -xJf "$bundle/data.tar.xz" -C "$work"; fi
-export CTXNB_DATA=$work/data CTXNB_RUNS=$work/runs TORCHINDUCTOR_CACHE_DIR=$work/inductor TQDM_DISABLE=1 PYTHONUNBUFFERED=1
-mkdir -p "$CTXNB_DATA" "$CTXNB_RUNS"
+unset CTXNB_DATA
+export CTXNB_RUNS=$work/runs TORCHINDUCTOR_CACHE_DIR=$work/inductor TQDM_DISABLE=1 PYTHONUNBUFFERED=1
+mkdir -p "$CTXNB_RUNS"
+if [ -f "$bundle/data.tar.xz" ]; then tar -xJf "$bundle/data.tar.xz" -C "$project" --skip-old-files; fi
+if [ -f "$bundle/runs.tar.gz" ]; then tar -xzf "$bundle/runs.tar.gz" -C "$CTXNB_RUNS"; fi
 cd "$project"
 "$work/venv/bin/python" bench/gpu_pass.py "$out" "$work" --seconds "$seconds" --began "$began" "${options[@]}"

@@ -725,7 +725,8 @@ def advise(context: click.Context, results: Path, train_tokens: float, tolerance
     Exit code 3: the pilots cannot tell; the reason is on standard error.
     """
     from ctxnb.reports.tables import read_table, unit_of
-    from ctxnb.theory.planner import Refusal, describe, describe_refusal
+    from ctxnb.reports.answer import describe, describe_refusal
+    from ctxnb.theory.planner import Refusal
     from ctxnb.theory.planner import plan as make_advice
 
     try:
@@ -734,6 +735,6 @@ def advise(context: click.Context, results: Path, train_tokens: float, tolerance
     except (FileNotFoundError, ValueError) as error:
         raise click.UsageError(str(error), ctx=context) from error
     except Refusal as refusal:
-        click.echo(describe_refusal(refusal, table, unit_of(table)), err=True)
+        click.echo(describe_refusal(refusal, table, unit_of(table), train_tokens, tolerance), err=True)
         context.exit(3)
     click.echo(advice.to_json() if as_json else describe(advice, unit_of(table)))

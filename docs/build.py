@@ -4,9 +4,6 @@ Result pages run again on the tables of this machine's runs, where there are any
 exported code becomes its documentation); executed runs become pages of their own; Sphinx renders the lot. Everything in between is in `_proc/`. `site/` is
 replaced as a whole, and only by a build without any warning. What a name is and where it is described, Sphinx knows: see `conf.py`.
 """
-import ast
-import base64
-import gzip
 import hashlib
 import importlib.util
 import json
@@ -23,7 +20,8 @@ from pathlib import Path
 import nbformat
 import pyarrow.parquet as pq
 from filelock import FileLock
-from nbformat.v4 import new_code_cell, new_markdown_cell
+from nbformat.v4 import new_markdown_cell
+from reading import for_readers, offer_numbers, round_words, tidy_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, SITE, WORK = ROOT / "nbs", ROOT / "site", ROOT / "_proc"
@@ -75,69 +73,6 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
             if output.output_type == "error" and "raises-exception" not in cell.metadata.get("tags", []):
                 raise BuildError(f"{shown(path)}: cell {i} ends in {output.ename}: {output.evalue}")
     return nb
-
-
-def for_readers(nb: nbformat.NotebookNode, chapter: bool = False) -> nbformat.NotebookNode:
-    """A notebook as a reader should see it.
-
-    Args:
-        nb: as it was read; changed.
-        chapter: whether it is read for what it says, as theory and results are: code is opened by a click, code that shows nothing (set-up, tests) is left out, and what is exported is
-            described in a block at the end.
-    """
-    module = next((f"ctxnb.{found[1]}" for cell in nb.cells if (found := re.search(r"^#\| *default_exp +(\S+)", cell.source, re.MULTILINE))), "")
-    cells, entries = [], []
-    for cell in nb.cells:
-        parts = code_cells(cell, module, chapter) if cell.cell_type == "code" else [cell]
-        if chapter and cell.cell_type == "code":
-            entries += [part.source for part in parts if part.cell_type == "markdown"]
-            parts = [part for part in parts if part.get("outputs")]
-        cells += parts
-    if entries:
-        cells.append(new_markdown_cell("::::{admonition} Functions and classes of this chapter\n:collapsible: closed\n:class: api\n\n" + "\n\n".join(entries) + "\n::::"))
-    nb.cells = [cell for cell in cells if cell.source.strip() or cell.get("outputs")]
-    nb.metadata = nbformat.from_dict({"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})  # for the highlighting of code
-    return nb
-
-
-def code_cells(cell: nbformat.NotebookNode, module: str, folded: bool) -> list[nbformat.NotebookNode]:
-    """What becomes of a code cell: nothing if it is hidden, its documentation if it is exported, else itself in MyST-NB's terms."""
-    words = set(re.findall(r"^#\| *([\w-]+)(?= *$| +\S)", cell.source, flags=re.MULTILINE))
-    options = {key: value.strip().strip("\"'") for key, value in re.findall(r"^#\| *([\w-]+) *: *(.*)$", cell.source, flags=re.MULTILINE)}
-    cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
-    if words & {"hide", "default_exp", "exporti"}:
-        return []
-    if "export" in words:
-        return [new_markdown_cell("```{rst}\n" + entry + "```") for entry in documentation(cell.source, module)]
-    tags = set(cell.metadata.get("tags", [])) | ({"hide-input"} if folded else set())
-    tags |= {tag for key, value, tag in (("echo", "false", "remove-input"), ("output", "false", "remove-output"), ("code-fold", "true", "hide-input"))
-             if options.get(key) == value}
-    cell.metadata["tags"] = sorted(tags - {"hide-input"} if "remove-input" in tags else tags)
-    # a widget needs a kernel and somebody's server; its other forms, if any, say nothing
-    cell.outputs = [output for output in cell.outputs if "application/vnd.jupyter.widget-view+json" not in output.get("data", {})]
-    figure = {key: options[name] for key, name in (("caption", "fig-cap"), ("name", "label")) if name in options}
-    mystnb = ({"figure": figure} if figure else {}) | ({"image": {"alt": options["fig-alt"]}} if "fig-alt" in options else {})
-    if not mystnb:
-        return [cell]
-    cell.metadata["mystnb"] = mystnb
-    # what a plotting call returns is for nobody; MyST-NB makes a figure of every other output, so words get a cell of their own
-    cell.outputs = [output for output in cell.outputs if output.output_type != "execute_result" or output.data.keys() - {"text/plain"}]
-    words = [output for output in cell.outputs if figure and not any(kind.startswith("image/") for kind in output.get("data", {}))]
-    cell.outputs = [output for output in cell.outputs if output not in words]
-    return [cell, new_code_cell("# the words of the figure above", outputs=words, metadata={"tags": ["remove-input"]})] if words else [cell]
-
-
-def documentation(source: str, module: str) -> list[str]:
-    """reST for the public functions and classes of an exported cell, in its order; described in full on the module's own page."""
-    entries = []
-    for line in ast.parse(source).body:
-        if isinstance(line, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not line.name.startswith("_"):
-            kind, methods = "class" if isinstance(line, ast.ClassDef) else "function", []
-            if kind == "class":
-                methods = [part.name for part in line.body if isinstance(part, ast.FunctionDef) and part.name[0] != "_" and ast.get_docstring(part)]
-            members = ", ".join(f":py:obj:`{name} <{module}.{line.name}.{name}>`" for name in methods)
-            entries.append(f".. auto{kind}:: {module}.{line.name}\n   :no-index:\n" + (f"\n   Members: {members}\n" if members else "") + "\n")
-    return entries
 
 
 def tables_of(path: Path) -> dict[str, Path]:
@@ -203,13 +138,13 @@ def run_page(run: str, folder: Path, back: str) -> nbformat.NotebookNode:
             for pattern, text in ((r"\$\$[ \t]*\([\w:-]+\)[ \t]*$", "$$"), (r"^\([\w:-]+\)=\n", ""), (r"\{(?:eq|numref|ref|doc)\}(?=`)", ""),
                                   (r"\[([^]]*)\]\([^)]*\.ipynb[^)]*\)", r"\1"), (r"^(?=#+ )", "#")):
                 cell.source = re.sub(pattern, text, cell.source, flags=re.MULTILINE)
-    tables = [f"[The results that it is part of](../{back}.ipynb)"] * bool(back)
+    way_back, tables = [f"[The results that it is part of](../{back}.ipynb)"] * bool(back), []
     for title, name in (("Parameters", "parameters.json"), ("Result", "result.json")):
         if (folder / name).is_file():
             rows = [f"| `{key}` | {cell_text(value)} |" for key, value in json.loads((folder / name).read_text()).items()]
             tables.append(f"**{title}**\n\n| name | value |\n|---|---|\n" + "\n".join(rows))
     figures = [cell for cell in nb.cells if any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))]
-    nb.cells = [new_markdown_cell("\n\n".join([f"# Run {run}", *tables[:1]])), *figures[:1], new_markdown_cell("\n\n".join(tables[1:])),
+    nb.cells = [new_markdown_cell("\n\n".join([f"# Run {run}", *way_back])), *figures[:1], new_markdown_cell("\n\n".join(tables)),
                 *(cell for cell in nb.cells if cell not in figures[:1])]
     nb.metadata.update(orphan=True, nosearch=True)
     return nb
@@ -220,42 +155,6 @@ def cell_text(value) -> str:
     if isinstance(value, list) and len(value) > 12:
         return f"`{json.dumps(value[:4])[:-1]}, ... {json.dumps(value[-2:])[1:]}` ({len(value)} values)"
     return "`" + (f"{value:.4g}" if isinstance(value, float) else json.dumps(value)).replace("|", "\\|").replace("`", "'") + "`"
-
-
-def unpacked(packed: str) -> str:
-    """Text that a notebook keeps compressed."""
-    return gzip.decompress(base64.b64decode(packed)).decode()
-
-
-def offer_numbers(nb: nbformat.NotebookNode, page: str) -> dict[str, str]:
-    """Show figures as SVG, and move the numbers that they carry as CSV into files (name below nbs/ -> text), with a link below each."""
-    files = {}
-    for i, cell in reversed(list(enumerate(nb.cells))):
-        data = [output.get("data", {}) for output in cell.get("outputs", [])]
-        for d in data:
-            if vector := d.pop("application/vnd.ctxnb.svg+gzip", None):
-                d["image/svg+xml"] = unpacked(vector)
-                d.pop("image/png", None)
-        texts = [d.pop("text/csv") for d in data if "text/csv" in d]
-        texts += [unpacked(d.pop("application/gzip")) for d in data if "application/gzip" in d]
-        figure = cell.metadata.get("mystnb", {}).get("figure", {})
-        for k, text in enumerate(texts):
-            name = figure.get("name", f"figure-{i}") + (f"-{k + 1}" if len(texts) > 1 else "")
-            files[f"{page}-{name}.csv"] = text
-            link = f"{{download}}`The numbers (CSV) <{Path(page).name}-{name}.csv>`"
-            if "caption" in figure:
-                figure["caption"] += f" {link}"
-            else:
-                nb.cells.insert(i + 1, new_markdown_cell(link))
-    return files
-
-
-def tidy_tables(nb: nbformat.NotebookNode, runs: Iterable[str]) -> None:
-    """Numbers of tables with four digits; links to the pages of runs that are not on this machine become plain text."""
-    link, number = re.compile(r'<a [^>]*href="\.\./runs/([^"/]+)\.html"[^>]*>(.*?)</a>', re.DOTALL), re.compile(r"(?<=<td>)-?\d+\.\d{4,}(?=</td>)")
-    for data in [output.data for cell in nb.cells for output in cell.get("outputs", []) if "text/html" in output.get("data", {})]:
-        html = link.sub(lambda match: match[0] if match[1] in runs else match[2], data["text/html"])
-        data["text/html"] = number.sub(lambda match: f"{float(match[0]):.4g}" if abs(float(match[0])) < 1000 else f"{float(match[0]):.0f}", html)
 
 
 def origin(page: str) -> nbformat.NotebookNode:
@@ -304,9 +203,11 @@ def prepare() -> dict[str, str]:
         shows |= {run: page for table in fresh.values() for run in find_runs([table]) if run not in shows}
         quoted = " ".join(re.findall(r"^> *(.*)", nb.cells[0].source, re.MULTILINE)) if nb.cells else ""
         subtitles[page] = re.sub(r"\[([^]]*)\]\([^)]*\)|[*`]", r"\1", quoted)
-        for line in note_provenance(nb, (committed | fresh).values()):
+        for line in note_provenance(nb, filter(Path.is_file, (committed | fresh).values())):  # a page may name a table that nobody has made yet
             print(f"site: stale or incomplete: {shown(path)}: {line}", flush=True)
         tidy_tables(nb, runs)
+        if page in chapters:
+            round_words(nb)
         nb.cells[1:1] = [origin(page)] * (page != "index")
         nb.cells += [new_markdown_cell(sidebar)] * (page == "index")
         texts |= offer_numbers(nb, page)

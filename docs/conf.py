@@ -51,8 +51,10 @@ myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "
 myst_heading_anchors = 3
 myst_dmath_double_inline = True
 numfig = True
+smartquotes_action = "qe"  # -- begins an option
 math_number_all = True
 math_numfig = True
+smartquotes_action = "qe"  # -- begins an option
 math_eqref_format = "Eq. {number}"
 
 # docstrings: Google style, single backticks for code
@@ -132,6 +134,20 @@ class LinkExportedNames(SphinxPostTransform):
                 literal.replace_self(link)
 
 
+class LinkFullImages(SphinxPostTransform):
+    """A figure leads to its file, which a browser shows at any size."""
+
+    default_priority = 900
+    formats = ("html",)
+
+    def run(self, **kwargs) -> None:
+        for image in list(self.document.findall(nodes.image)):
+            if image["uri"] in self.env.images and not isinstance(image.parent, nodes.reference):
+                link = nodes.reference(refuri="../" * self.env.docname.count("/") + f"_images/{self.env.images[image['uri']][1]}")
+                image.replace_self(link)
+                link += image
+
+
 def described_names(env) -> dict[str, tuple[str, str]]:
     """Name of a function or class, in full and short where it is the only one -> page and anchor of its description."""
     entries = {name: entry for name, entry in env.domaindata["py"]["objects"].items() if entry.objtype in ("function", "class", "exception")}
@@ -189,6 +205,12 @@ def source_links_to_reference(app, env) -> None:
             used.update(dict.fromkeys(used, f"api/{module}"))
 
 
+def number_figures_by_page(app, env) -> None:
+    """Each page begins with Fig. 1: a new page leaves the numbers of the others as they were."""
+    for figures in [numbers for kinds in env.toc_fignumbers.values() for numbers in kinds.values()]:
+        figures.update({anchor: (i,) for i, anchor in enumerate(figures, start=1)})
+
+
 def add_scripts(app, page, template, context, doctree) -> None:
     """The script of the planner on a page that holds one, and the pages' subtitles for the results of a search; a module's source has another title than its reference."""
     if page.startswith("_modules/"):
@@ -216,9 +238,12 @@ def fill_gallery(app, page, template, context, doctree) -> None:
 
 def setup(app) -> None:
     app.connect("env-updated", source_links_to_reference)
+    app.connect("env-check-consistency", number_figures_by_page)  # Sphinx has numbered them by then
+    app.connect("sphinx-click-process-epilog", lambda app, context, lines: lines.clear())  # the page has it as lists
     app.connect("html-page-context", add_scripts)
     app.connect("html-page-context", fill_gallery)
     app.set_html_assets_policy("always")  # a title with a formula stands in every page's sidebar
     app.add_directive("rst", ReStructuredText)
     app.add_post_transform(LinkExportedNames)
+    app.add_post_transform(LinkFullImages)
     app.connect("autodoc-process-docstring", escape_markup, priority=100)  # before napoleon

@@ -155,6 +155,19 @@ def test_labels_of_figures_can_be_read(visits):
     none([f"{page} ({width}): a label of {size:.1f} px in {name}" for (page, width, name), size in small.items()])
 
 
+def test_figures_are_numbered_by_page_and_lead_to_their_file():
+    """Each page begins with Fig. 1, and a click on a figure opens it alone."""
+    numbered = 0
+    for page in (page for page in pages() if page != GALLERY):
+        figures = BeautifulSoup((SITE / page).read_text(encoding="utf-8"), "html.parser").select("main figure")
+        found = [caption.get_text(strip=True) for figure in figures for caption in figure.select("span.caption-number")]
+        assert found == [f"Fig. {i}" for i in range(1, len(found) + 1)], page
+        numbered += len(found)
+        for figure in figures:
+            assert all((SITE / page).parent.joinpath(unquote(image.find_parent("a")["href"])).is_file() for image in figure.find_all("img")), page
+    assert numbered > 50
+
+
 def test_the_gallery_shows_the_figures(visits):
     (gallery,) = [visit for visit in visits if visit.page == GALLERY and visit.width == "desk"]
     shown = {source.rpartition("/")[2] for source, _ in gallery.found["pictures"]}
@@ -272,7 +285,7 @@ def test_planner_says_what_the_command_says(planner, asked):
 def test_planner_takes_millions_and_refuses_words(planner):
     planner.locator("div.planner select[name=fit]").select_option(index=0)
     planner.locator("div.planner input[name=exact]").fill("50M")
-    assert "No advice" in planner.locator("div.planner p.headline").inner_text()
+    assert "No prediction" in planner.locator("div.planner p.headline").inner_text()
     target = planner.locator("div.planner p.headline a").get_attribute("href")
     assert planner.locator(target).count() == 1, "the refusal links to what to do"
     planner.locator("div.planner select[name=unit]").select_option(index=1)  # GPT-2 tokens of some five bytes
@@ -283,3 +296,35 @@ def test_planner_takes_millions_and_refuses_words(planner):
     assert "300k or 50M" in planner.locator("div.planner p.headline").inner_text()
 
 
+@pytest.fixture
+def front_page(browser):
+    """The front page, as it opens on a desk."""
+    with browser.new_context(viewport={"width": 1280, "height": 900}, offline=True) as context:
+        tab = context.new_page()
+        tab.goto((SITE / "index.html").as_uri())
+        yield tab
+
+
+def test_from_the_front_page_to_an_answer_for_50_million_tokens(front_page):
+    front_page.locator("section#ctxnb > ul").get_by_role("link", name="The planner").click()
+    front_page.locator("div.planner input[name=exact]").fill("50M")
+    front_page.locator("div.planner p.headline a").click()  # refused: what to do instead
+    assert front_page.url.endswith("#what-to-do")
+    expect(front_page.locator("#what-to-do")).to_be_in_viewport()
+    expect(front_page.get_by_role("heading", name="You have 50 M tokens")).to_be_visible()
+
+
+def test_from_the_front_page_to_a_run_on_ones_own_text(front_page):
+    front_page.locator("section#ctxnb > ul").get_by_role("link", name="Five commands").click()
+    commands = front_page.locator("#your-own-text-on-a-gpu pre").first
+    expect(commands).to_be_in_viewport()
+    assert len(commands.inner_text().strip().splitlines()) == 5 and "--set corpus=" in commands.inner_text()
+
+
+def test_from_the_front_page_to_why_more_context_can_hurt(front_page):
+    front_page.locator("section#ctxnb > ul").get_by_role("link", name="Why more context can hurt").click()
+    expect(front_page.get_by_role("heading", name="Why more context can hurt, or not")).to_be_visible()
+    words = front_page.locator("div.two-theories p").last
+    before = words.inner_text()
+    front_page.locator("div.two-theories input[type=range]").fill("5")
+    expect(words).not_to_have_text(before)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ctxnb.experiments import measure
 from ctxnb.experiments.losses import next_token_losses
 from ctxnb.experiments.schema import TrainSettings
 from ctxnb.experiments.train import read_text, step_windows, train
@@ -131,6 +132,7 @@ SCRIPT = """
 import json, sys
 from dataclasses import asdict
 from pathlib import Path
+from ctxnb.experiments import measure
 from ctxnb.experiments.losses import next_token_losses
 from ctxnb.experiments.train import train
 from ctxnb.text.tokens import open_store
@@ -165,17 +167,17 @@ def test_a_killed_run_resumes(store, tmp_path):
     assert resumed == pytest.approx(whole, abs=1e-4)
 
 
-def test_a_checkpoint_of_another_device_begins_anew_with_a_note(store, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("name, other", [("device", "cpu" if DEVICE == "cuda" else "cuda"), ("torch", "1.0")])
+def test_a_checkpoint_of_another_device_or_torch_begins_anew_with_a_note(store, tmp_path, monkeypatch, caplog, name, other):
     monkeypatch.setattr("ctxnb.experiments.loop.Checkpoint.remove", lambda self: None)
     first = trained(store, tmp_path, DEVICE, checkpoint_seconds=0.0)
     (file,) = tmp_path.glob("checkpoint*")
     saved = torch.load(file, weights_only=True)
-    identity = json.loads(saved["identity"])
-    torch.save(saved | {"identity": json.dumps(identity | {"device": "cpu" if identity["device"] == "cuda" else "cuda"})}, file)
+    torch.save(saved | {"identity": json.dumps(json.loads(saved["identity"]) | {name: other})}, file)
     with caplog.at_level("WARNING", logger="ctxnb"):
         again = trained(store, tmp_path, DEVICE)
     assert again == pytest.approx(first, abs=1e-4)
-    assert "starting anew" in caplog.text and "device = " in caplog.text
+    assert "starting anew" in caplog.text and f"{name} = " in caplog.text
 
 
 def test_two_runs_at_once_on_one_gpu(store, tmp_path):
@@ -185,9 +187,12 @@ def test_two_runs_at_once_on_one_gpu(store, tmp_path):
         assert losses(result_of(process)) == pytest.approx(alone, abs=1e-4)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("CUDA error: out of memory")])
+FULL = pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("CUDA error: out of memory")])
+
+
+@FULL
 def test_full_memory_halves_the_micro_batch(store, tmp_path, monkeypatch, error):
-    """Both wordings, in training and in measuring; the losses are those of a run with room."""
+    """Both wordings, in training and in its evaluation; the losses are those of a run with room."""
     plain, largest = next_token_losses, []
 
     def with_little_room(model, ids, **more):
@@ -201,6 +206,26 @@ def test_full_memory_halves_the_micro_batch(store, tmp_path, monkeypatch, error)
     monkeypatch.setattr("ctxnb.experiments.losses.next_token_losses", with_little_room)
     assert trained(store, tmp_path / "little", DEVICE) == pytest.approx(room, abs=1e-4)
     assert max(largest) == 64
+
+
+@FULL
+def test_measuring_on_a_gpu_gives_the_losses_of_the_cpu_also_where_memory_is_full(text, store, tmp_path, monkeypatch, error):
+    plain, sizes = measure.measure_windows, []
+
+    def with_little_room(*arguments, **more):
+        sizes.append(arguments[4])
+        if arguments[4] > 100:
+            raise error
+        return plain(*arguments, **more)
+
+    trained(store, tmp_path, DEVICE)
+    same = dict(model=str(tmp_path / "model"), corpus=str(text), context_length=16, max_context=16, split="test", targets_per_document=4, batch_tokens=256)
+    cpu = measure.measure(tmp_path / "cpu", device="cpu", **same)
+    monkeypatch.setattr(measure, "measure_windows", with_little_room)
+    ours = measure.measure(tmp_path / "gpu", device=DEVICE, **same)
+    assert sizes == [256, 128, 64]
+    assert ours["target_loss"] == pytest.approx(cpu["target_loss"], abs=1e-4)
+    assert ours["eigenvalues"] == pytest.approx(cpu["eigenvalues"], abs=1e-4 * cpu["eigenvalues"][0])
 
 
 @pytest.mark.skipif(REHEARSAL, reason="the CPU's memory has no allocator that refuses")

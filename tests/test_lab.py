@@ -89,7 +89,7 @@ def lab(tmp_path_factory):
     """`make lab` in a copy of the project: the notebooks are copied, data are the project's, runs are new."""
     project = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "nbs", project / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    for name in ("Makefile", "settings.ini"):
+    for name in ("Makefile", "settings.ini", "jupyter_lab_config.py"):
         shutil.copy(ROOT / name, project)
     (project / "data").symlink_to(ROOT / "data")
     (project / ".venv").symlink_to(sys.prefix)
@@ -150,8 +150,11 @@ def test_opens_at_the_start_page(browser, lab):
     tab.close()
 
 
-def test_a_theory_chapter_runs_top_to_bottom(browser, lab):
+def test_a_theory_chapter_opens_unchanged_and_runs_top_to_bottom(browser, lab):
     tab = lab.open(browser, "theory/bayes_risk.ipynb")
+    shown = tab.locator(".jp-Notebook").inner_text()
+    assert "{eq}" not in shown and "(eq-" not in shown and tab.locator(".jp-Notebook .katex").count()  # equations and references to them
+    assert tab.locator(".lm-TabBar-tab.jp-mod-dirty").count() == 0
     lab.run_all(tab)
     ran_well(lab.ended(tab, "theory/bayes_risk.ipynb"))
     assert shown_pictures(tab)
@@ -162,7 +165,8 @@ def test_training_is_watched_interrupted_and_goes_on(browser, lab):
     tab = lab.open(browser, "try/train.ipynb")
     tab.evaluate(WATCH_PICTURES)
     lab.run_all(tab)
-    tab.wait_for_function("window.pictures.size > 2", timeout=2 * MINUTE)  # an empty figure, and two with points
+    tab.wait_for_function("window.pictures.size > 1", timeout=2 * MINUTE)  # none before the first point
+    assert tab.locator(".jp-OutputArea .widget-hslider").count() == 2
     tab.get_by_role("button", name="Interrupt the kernel").click()
     expect(tab.get_by_text("stopped; run the cell again")).to_be_visible(timeout=MINUTE)
     notebook = lab.ended(tab, "try/train.ipynb")

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow  # about 45 s: each build starts Python, nbdev and Sphinx anew
 RUN, GONE = "0123456789abcdef", "fedcba9876543210"
 
+TABLE = pd.DataFrame({"loss": [1.23456, None], "inside": [True, False]}, index=pd.Index([16000, 50000], name="size")).to_html()
 THEORY = [
     new_markdown_cell(
         "# Total loss\n> One law, one figure.\n\n$$\nR(l) = C_0 + C l^{-\\gamma}\n$$ (eq-law)\n\n"
@@ -38,6 +39,7 @@ THEORY = [
         '    Returns:\n        Lower bound X_-l:-1, nats.\n    """\n    return 1 / context_length'
     ),
     new_markdown_cell("`total_law_loss` falls, see {numref}`fig-law`."),
+    new_code_cell("table", outputs=[new_output("execute_result", {"text/html": TABLE, "text/plain": "a table"}, execution_count=1)]),
     new_code_cell(
         "#| label: fig-law\n#| fig-cap: The law.\n#| fig-alt: A falling line.\nplot()",
         outputs=[
@@ -164,6 +166,16 @@ def test_numbers_and_words_of_a_figure(project):
     assert (project / "site/theory" / link).read_text() == "x,y\n1,2\n"
     assert page.index("<figcaption") < page.index(link) < page.index("</figcaption>")
     assert page.count("<figure") == 1 and "In <strong>words</strong>." in page  # beside the figure, not in it
+    (full,) = re.findall(r'<a [^>]*href="(\.\./_images/[^"]+)"[^>]*>\s*<img', page)
+    assert (project / "site/theory" / full).is_file() and "Fig. 1" in page
+
+
+def test_tables_are_tidied(project):
+    page = (project / "site/theory/law.html").read_text()
+    (table,) = re.findall(r'<table[^>]*class="[^"]*dataframe.*?</table>', page, re.DOTALL)
+    head, body = table.split("<tbody>")
+    assert head.count("<tr") == 1 and re.findall(r"<th>([^<]*)", head) == ["size", "loss", "inside"]  # the index's name beside the columns'
+    assert re.findall(r"<t[dh]>([^<]*)", body) == ["16,000", "1.235", "yes", "50,000", "", "no"]
 
 
 def test_search_knows_functions_but_not_runs(project):

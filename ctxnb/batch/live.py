@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from IPython.display import Image, display
 from matplotlib.axes import Axes
@@ -165,7 +166,10 @@ class _Screen:
 
     def _redraw(self, seen: list[Seen]) -> None:
         figure = Figure(figsize=(6.5, 3.6), layout="constrained")
-        self.draw(figure.subplots(), seen)
+        axis = figure.subplots()
+        self.draw(axis, seen)
+        if not np.isfinite(axis.dataLim.x0):  # no point yet
+            return
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=144)
         image = Image(content.getvalue(), format="png", width=650, alt=self.alt)

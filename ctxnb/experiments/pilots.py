@@ -112,14 +112,14 @@ def centre_of(store: TokenStore, train_tokens: float, longest: int) -> tuple[flo
         lags = choose_lags(np.asarray(store.lengths)[store.documents("train")], min(longest, 1024), LAGS)
         found = measure_horizon(store, train_tokens, lags)
     except ValueError as error:
-        return longest / 4, f"a quarter of the longest that the documents can use ({longest}): the horizon could not be measured ({error})"
+        return longest / 4, f"{longest / 4:.0f} tokens, a quarter of the longest that the documents can use: the horizon could not be measured ({error})"
     if found["horizon"]:
         low, high = (f"{end:.3g}" if end else "unbounded" for end in found["horizon_interval"])
-        return min(found["horizon"], 1e9), f"the text's horizon at D is {found['horizon']:.3g} tokens ({low} to {high}; beta = {found['beta']:.2f})"
+        return min(found["horizon"], 1e9), f"{found['horizon']:.3g} tokens, the text's horizon at D ({low} to {high}; beta = {found['beta']:.2f})"
     norm, error, lags = (np.array(found[key], float) for key in ("norm", "norm_error", "all_lags"))
     seen = lags[norm - 2 * np.nan_to_num(error) > found["noise"]]
     far = float(seen.max()) if len(seen) else longest / 4
-    return far, f"no power law in the text ({found['refused']}); its correlations stand out of the noise up to a lag of {far:.0f}"
+    return 2 * far, f"{2 * far:.0f} tokens, twice the longest lag whose correlations stand out of the noise: the text has no power law ({found['refused']})"
 
 # %% ../../nbs/experiments/pilots.ipynb #e526c2b5
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ LEAST_WINDOWS = 16  # of the longest context in the smallest data size
 
 
 def data_sizes(largest: float, longest: int) -> list[int]:
-    """Four sizes in equal ratios of at most the square root of 10.
+    """Four sizes in equal ratios, from a tenth of the largest on.
 
     Args:
         largest: tokens.
@@ -304,7 +304,7 @@ def data_sizes(largest: float, longest: int) -> list[int]:
     Raises:
         ValueError: the ratio would be below 1.5.
     """
-    ratio = min(math.sqrt(10), (largest / (LEAST_WINDOWS * (longest + 1))) ** (1 / 3))
+    ratio = min(10, largest / (LEAST_WINDOWS * (longest + 1))) ** (1 / 3)  # pilots span the factor that the planner then extrapolates
     if ratio < 1.5:
         raise ValueError(f"a largest pilot of {largest:,.0f} tokens is too small for four sizes with contexts of {longest} tokens: expected at least "
                          f"{LEAST_WINDOWS * (longest + 1) * 1.5**3:,.0f}")

@@ -150,7 +150,9 @@ def plot_tasks(items: pd.DataFrame, value: str = "right") -> plt.Figure:
             if value == "right":
                 ax.axhline(part.chance.mean(), ls=":", color=color)
         ax.set_xscale("log", base=2)
-        ax.set(title=KIND_TITLES[kind], xlabel="visible fraction", ylabel="accuracy" if value == "right" else "loss, nats per item")
+        ax.set_title(KIND_TITLES[kind])
+    fig.supxlabel("visible fraction", fontsize="medium")
+    fig.supylabel("accuracy" if value == "right" else "loss, nats per item", fontsize="medium")
     axes[0, 0].legend(fontsize="small")
     return fig
 

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['plot_two_views', 'plot_positions', 'shorter', 'plot_shorter', 'paired_interval', 'clamped', 'clamped_words',
            'plot_clamped', 'token_flops', 'at_compute', 'matched_losses', 'best_lengths', 'plot_matched',
-           'data_exponents']
+           'data_exponents', 'grid_cells', 'cells_text']
 
 # %% ../../nbs/reports/train.ipynb #9ff5fa42
+import tomllib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -62,7 +64,8 @@ def _panels(table: pd.DataFrame, unit: str, draw: Callable[[plt.Axes, int], None
     for axis, size in zip(axes[0], sizes):
         draw(axis, size)
         axis.set_title(f"{size:,} training tokens", fontsize="medium")
-        context_axis(axis, np.asarray(ticks), label)
+        context_axis(axis, np.asarray(ticks), "")
+    figure.supxlabel(label, fontsize="medium")
     axes[0, 0].set_ylabel(f"cross-entropy (nats per {unit})")
     legend_beside(axes[0, -1], legend)
     sns.despine(figure)
@@ -495,3 +498,41 @@ def data_exponents(
         edge = (np.isclose(alpha[1:], low) | np.isclose(alpha[1:], high)).mean()
         rows.append((alpha[0], *ends, edge, fitted[0, 0] if law.offset else 0.0))
     return pd.DataFrame(rows, columns=["alpha", "low", "high", "at_edge", "floor"], index=pd.Index(lengths, name="context_length"))
+
+# %% ../../nbs/reports/train.ipynb #a4c83d7e
+def grid_cells(table: Path | str, grid: Path | str) -> pd.DataFrame:
+    """Mean losses of a grid's finished runs, with a place for every cell.
+
+    Args:
+        table: results table, `.parquet`; a file that is not there is one without rows.
+        grid: TOML file of the grid, with the axes `train_tokens`, `context_length` and `seed`.
+
+    Returns:
+        Mean loss over the finished seeds, nats; a row for each data size, a column for each context length, NaN where no run is finished.
+        `attrs` holds the numbers of `finished` and of `planned` runs.
+    """
+    axes = tomllib.loads(Path(grid).read_text())["axes"]
+    index, columns = (pd.Index(axes[name], name=name) for name in ("train_tokens", "context_length"))
+    rows = pd.read_parquet(table) if Path(table).is_file() else pd.DataFrame({"train_tokens": [], "context_length": [], "loss": []})
+    cells = rows.groupby(["train_tokens", "context_length"]).loss.mean().unstack().reindex(index=index, columns=columns).astype(float)
+    cells.attrs = {"finished": len(rows), "planned": len(index) * len(columns) * len(axes["seed"])}
+    return cells
+
+# %% ../../nbs/reports/train.ipynb #793a4f67
+def cells_text(cells: pd.DataFrame, name: str) -> str:
+    """How much of a grid is finished, its cells, and the best context length of each data size that is whole.
+
+    Args:
+        cells: from `grid_cells`.
+        name: of the grid.
+
+    Returns:
+        Markdown.
+    """
+    done = f"`{name}`: {cells.attrs['finished']} of {cells.attrs['planned']} runs are finished."
+    if cells.isna().all(axis=None):
+        return f"{done} They want a GPU."
+    best = cells.dropna().idxmin(axis=1).reindex(cells.index).map(lambda length: "" if pd.isna(length) else f"{length:.0f}")
+    shown = cells.map(lambda loss: "" if pd.isna(loss) else f"{loss:.3f}").assign(best=best)
+    shown.index = [f"{size:,}" for size in shown.index]
+    return f"{done} Cross-entropy in nats per token at exactly l visible tokens, mean over seeds; an empty cell has no run yet:\n\n" + shown.to_markdown(disable_numparse=True)

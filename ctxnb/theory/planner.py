@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FAR', 'FLAT', 'STEPS', 'MIN_LENGTHS', 'MIN_SIZES', 'MIN_SPARE_CELLS', 'MAX_DATA_REACH', 'MAX_LENGTH_REACH',
            'MAX_WIDTH', 'MIN_R2', 'LACK', 'MISMATCH', 'TOLERANCE', 'HELD_OUT_ERROR', 'LEAST_WEIGHT', 'RECIPE',
-           'COST_COLUMNS', 'optimal_lengths', 'useful_lengths', 'Refusal', 'Cost', 'Advice', 'Pilots', 'design_notes',
-           'hold_out_largest', 'fit_pilots', 'plan', 'cost_of', 'advise_from', 'describe', 'describe_refusal']
+           'optimal_lengths', 'useful_lengths', 'Refusal', 'Misfit', 'Advice', 'Pilots', 'design_notes',
+           'hold_out_largest', 'whole_curves', 'fit_pilots', 'plan', 'advise_from']
 
 # %% ../../nbs/theory/planner.ipynb #e0af2ef8
 import json
@@ -21,6 +21,7 @@ from ..stats.bootstrap import percentile_interval
 from ..stats.curves import Curve, measured_curves
 from ..stats.fitting import Cells, Fit, cells_of, check_runs, fit_joint, lack_of_fit
 from ..stats.laws import JOINT_LAWS, Form
+from .costs import Cost, as_key, training_costs
 
 # %% ../../nbs/theory/planner.ipynb #07eeb493
 FAR = 1e4  # times the longest pilot context: an optimum beyond is "unbounded"
@@ -28,9 +29,9 @@ FLAT = 1e-9  # nats; a rise smaller than this is no reason to stop at a shorter 
 STEPS = 600  # of the grid in ln l
 
 
-def _law_losses(form: Form, parameters: np.ndarray, train_tokens: float, shortest: float, longest: float) -> tuple[np.ndarray, np.ndarray]:
+def _law_losses(form: Form, parameters: np.ndarray, train_tokens: float, shortest: float, longest: float, far: float = FAR) -> tuple[np.ndarray, np.ndarray]:
     """Grid [STEPS] in ln l, and the law's loss on it [B, STEPS]."""
-    grid = np.linspace(np.log(shortest), np.log(FAR * longest), STEPS)
+    grid = np.linspace(np.log(shortest), np.log(far * longest), STEPS)
     return grid, form.evaluate(np.atleast_2d(parameters), np.exp(grid), np.full(STEPS, float(train_tokens)))
 
 
@@ -58,7 +59,7 @@ def optimal_lengths(form: Form, parameters: np.ndarray, train_tokens: float, sho
     return np.where(k == STEPS - 1, np.inf, np.where(k == 0, shortest, length))
 
 
-def useful_lengths(form: Form, parameters: np.ndarray, train_tokens: float, shortest: float, longest: float, tolerance: float) -> np.ndarray:
+def useful_lengths(form: Form, parameters: np.ndarray, train_tokens: float, shortest: float, longest: float, tolerance: float, far: float = FAR) -> np.ndarray:
     """Shortest context length whose loss is at most `tolerance` above the least one.
 
     Args:
@@ -68,11 +69,12 @@ def useful_lengths(form: Form, parameters: np.ndarray, train_tokens: float, shor
         shortest: left end of the search, tokens.
         longest: longest context of the pilots, tokens.
         tolerance: nats.
+        far: times the longest pilot, where the search ends.
 
     Returns:
         [B], tokens, to the step of the grid (3 %).
     """
-    grid, loss = _law_losses(form, parameters, train_tokens, shortest, longest)
+    grid, loss = _law_losses(form, parameters, train_tokens, shortest, longest, far)
     return np.exp(grid)[(loss <= loss.min(axis=1, keepdims=True) + tolerance).argmax(axis=1)]
 
 # %% ../../nbs/theory/planner.ipynb #fc53e272
@@ -87,22 +89,9 @@ LEAST_WEIGHT = 0.005  # a law with a smaller Akaike weight gets no draws
 class Refusal(Exception):
     """The pilots cannot support the advice that was asked for; the message says why."""
 
-# %% ../../nbs/theory/planner.ipynb #be545497
-@dataclass(frozen=True)
-class Cost:
-    """What training at one context length costs.
 
-    Args:
-        hours: of one training run, at the speed that the pilots had at this length.
-        flops: floating-point operations of it.
-        memory_mb: peak of the pilots at this length, MiB.
-        equal_flops: nats above the least loss when every length gets the FLOPs of the advice, and a cheaper one so much more data.
-    """
-
-    hours: float
-    flops: float
-    memory_mb: float
-    equal_flops: float
+class Misfit(Refusal):
+    """No law of the list describes the pilots: rules 3, 7 and 8."""
 
 # %% ../../nbs/theory/planner.ipynb #ad5c15d9
 @dataclass(frozen=True)
@@ -121,7 +110,7 @@ class Advice:
         law: the best law, its parameters written out.
         form: its short name.
         loss: predicted loss at the advice, nats.
-        regret: by context length, nats: predicted loss there less the loss at the optimum (unbounded: at the longest pilot).
+        regret: by context length, nats: predicted loss there less the loss at the optimum (without an upper end: the best length up to the longest pilot).
         regret_interval: by context length, 95 % ends, nats.
         weights: Akaike weight of each law.
         measured: by pilot size: the measured best length and the ends of its interval.
@@ -149,7 +138,7 @@ class Advice:
     measured: dict[int, tuple[int, int, int]]
     held_out: tuple[int, int, float] | None
     runs: int
-    cost: dict[float, "Cost"]
+    cost: dict[float, Cost]
     cost_formula: str
     notes: tuple[str, ...] = ()
 
@@ -344,17 +333,17 @@ def _check_paired(best: Fit, curves: Sequence[Curve]) -> None:
         predicted = pd.Series(best.predict(curve.context_length.astype(float), np.full(len(rows), float(curve.size))), rows.index)
         said = int(predicted.idxmin())
         if rows.low[said] > 0:
-            raise Refusal(f"at D = {curve.size:.3g} the best law ({best.form.name}) puts the minimum at a context length of {said}, but the pilots are better at "
+            raise Misfit(f"at D = {curve.size:.3g} the best law ({best.form.name}) puts the minimum at a context length of {said}, but the pilots are better at "
                           f"{curve.best}, by {rows.excess[said]:.3f} nats (standard error {rows.se[said]:.3f}): no law of the list describes these runs")
         regret = predicted - predicted[curve.best]
         off = (regret < rows.low) | (regret > rows.high)
         if off.any():
             l = int((regret - rows.excess).abs()[off].idxmax())
-            raise Refusal(f"at D = {curve.size:.3g} the best law ({best.form.name}) has a context length of {l} cost {regret[l]:+.3f} nats against {curve.best}, but the "
+            raise Misfit(f"at D = {curve.size:.3g} the best law ({best.form.name}) has a context length of {l} cost {regret[l]:+.3f} nats against {curve.best}, but the "
                           f"pilots measured {rows.excess[l]:+.3f} ({rows.low[l]:+.3f} to {rows.high[l]:+.3f}): no law of the list describes these runs")
 
 
-def _whole_curves(runs: pd.DataFrame) -> list[Curve]:
+def whole_curves(runs: pd.DataFrame) -> list[Curve]:
     """Measured curves of the data sizes at which some seed has every length that was run there."""
     found = []
     for _, part in runs.groupby("train_tokens"):
@@ -365,12 +354,14 @@ def _whole_curves(runs: pd.DataFrame) -> list[Curve]:
 # %% ../../nbs/theory/planner.ipynb #dc7d3512
 def _check_best(best: Fit, cells: Cells, curves: Sequence[Curve]) -> tuple[float, float]:
     """Rules 3, 7 and 8; the lack of fit."""
-    if best.r2 < MIN_R2:
-        raise Refusal(f"the best law ({best.form.name}) explains {best.r2:.0%} of the variance of the pilots; at least {MIN_R2:.0%} is needed")
+    total, one = cells.root @ cells.loss, cells.root.sum(axis=1)
+    share = 1 - best.rss / float(((total - one * (one @ total) / (one @ one)) ** 2).sum())  # whitened: a subset's level, shared by its lengths, is no misfit
+    if share < MIN_R2:
+        raise Misfit(f"the best law ({best.form.name}) explains {share:.0%} of the variance of the pilots; at least {MIN_R2:.0%} is needed")
     lack = lack_of_fit(best, cells)
     if lack[1] < LACK:
-        raise Refusal(f"no law of the list describes these runs: the best one ({best.form.name}) misses the cells by {np.sqrt(lack[0]):.1f} times what "
-                      f"replicates scatter (lack of fit, p = {lack[1]:.0e})")
+        raise Misfit(f"no law of the list describes these runs: the best one ({best.form.name}) misses the cells by "
+                     f"{np.sqrt((best.residuals**2).mean()):.3f} nats (root mean square), {np.sqrt(lack[0]):.1f} times what replicates scatter (lack of fit, p = {lack[1]:.0e})")
     _check_paired(best, curves)
     return lack
 
@@ -396,7 +387,7 @@ def fit_pilots(table: pd.DataFrame, *, forms: Sequence[str] | None = None, resam
     """
     runs = check_runs(table)
     _check_design(runs)
-    cells, curves = cells_of(runs), _whole_curves(runs)
+    cells, curves = cells_of(runs), whole_curves(runs)
     fits, weights = _fit_laws(runs, forms)
     best = fits[max(weights, key=weights.get)]
     lack = _check_best(best, cells, curves)
@@ -440,48 +431,6 @@ def plan(table: pd.DataFrame, train_tokens: float, *, forms: Sequence[str] | Non
     _check_reach(runs, train_tokens)  # before the fits, which take seconds
     return advise_from(fit_pilots(runs, forms=forms, resamples=resamples, seed=seed), train_tokens, tolerance)
 
-# %% ../../nbs/theory/planner.ipynb #073ee534
-COST_COLUMNS = ("tokens_seen", "tokens_per_s", "parameters", "layers", "width", "peak_memory_mb")
-
-
-def cost_of(pilots: Pilots, pick: int, train_tokens: float) -> tuple[dict[float, Cost], str]:
-    """What training costs at each measured length and at the advice, by what the pilots recorded.
-
-    Args:
-        pilots: from `fit_pilots`.
-        pick: length that is advised.
-        train_tokens: D of the planned run, tokens.
-
-    Returns:
-        Costs by length, of a model and a machine like the pilots'; empty where a column of `COST_COLUMNS` is missing. And the formula.
-
-    Source: Kaplan et al. 2020 (arXiv 2001.08361) for 6 N; Chowdhery et al. 2022 (PaLM), appendix B, for attention, of which the causal mask hides half.
-    """
-    runs = pilots.runs
-    if not set(COST_COLUMNS) <= set(runs) or runs[["parameters", "layers", "width"]].nunique().max() > 1:
-        return {}, ""
-    last = runs[runs.train_tokens == runs.train_tokens.max()]
-
-    def flops(length):
-        """Of training on one token."""
-        return 6 * n + 6 * layers * width * (length + 1)
-
-    passes = float((last.tokens_seen / last.train_tokens).median())
-    n, layers, width = (float(runs[name].iloc[0]) for name in ("parameters", "layers", "width"))
-    by_length = runs.groupby("context_length")
-    speed = by_length.tokens_per_s.median()
-    known = speed.index.to_numpy(float)
-    l = np.unique(np.r_[known, float(min(pick, known[-1]))])
-    seconds = np.interp(l, known, 1 / speed.to_numpy())
-    memory = np.interp(l, known, by_length.peak_memory_mb.max().to_numpy(float))
-    each = flops(l)
-    data = train_tokens * flops(pick) / each
-    equal = pilots.best.predict(l, data)
-    formula = (f"D = {train_tokens:.3g} x {passes:.3g} passes (as the largest pilots had) x (6 N + 6 layers width (l + 1)) FLOPs, N = {n:,.0f}; hours at the pilots' speed "
-               "and memory at their peak, at each length; at equal FLOPs a cheaper length gets so much more data")
-    rows = zip(l, train_tokens * passes * seconds / 3600, train_tokens * passes * each, memory, equal - equal.min())
-    return {(int(length) if length == int(length) else float(length)): Cost(*map(float, row)) for length, *row in rows}, formula
-
 # %% ../../nbs/theory/planner.ipynb #39613fe0
 def advise_from(pilots: Pilots, train_tokens: float, tolerance: float = TOLERANCE, level: float = 0.95) -> Advice:
     """Advise a context length for one more data size.
@@ -505,18 +454,17 @@ def advise_from(pilots: Pilots, train_tokens: float, tolerance: float = TOLERANC
     low, high = percentile_interval(optima, level)
     share = float(np.isinf(optima).mean())
     low, high = min(float(low), point), max(float(high), point)
-    if np.isinf(high) and low < longest and _harm(pilots, train_tokens, level) <= tolerance:
-        point = np.inf
-    else:
-        _check_interval(point, low, high, share, longest)
+    point, at_most = _settle(pilots, point, low, high, share, train_tokens, tolerance, level)
     unbounded = bool(np.isinf(point))
     pick = int(longest) if unbounded else max(1, round(point))
     low, high = min(low, pick) if not unbounded else low, max(high, pick)  # the advice is a whole number, its interval need not end at one
-    useful = np.concatenate([useful_lengths(pilots.fits[name].form, draws, train_tokens, shortest, longest, tolerance) for name, draws in pilots.draws.items()])
-    economical = float(useful_lengths(best.form, best.parameters, train_tokens, shortest, longest, tolerance)[0])
+    far = FAR if np.isfinite(high) or unbounded else 1.0  # without an end, lengths are compared up to the longest pilot
+    useful = np.concatenate([useful_lengths(pilots.fits[name].form, draws, train_tokens, shortest, longest, tolerance, far) for name, draws in pilots.draws.items()])
+    economical = float(useful_lengths(best.form, best.parameters, train_tokens, shortest, longest, tolerance, far)[0])
     ends = percentile_interval(useful, level)
-    regret, regret_ends = _regrets(pilots, pick, point, train_tokens, level)
-    held, (cost, formula) = pilots.held_out, cost_of(pilots, pick, train_tokens)
+    regret, regret_ends = _regrets(pilots, pick, FAR * longest if np.isfinite(high) else longest, train_tokens, level)
+    held = pilots.held_out
+    cost, formula = training_costs(pilots.runs, train_tokens, pick, lambda l, factor: best.predict(l, train_tokens * factor))
     advice = Advice(
         train_tokens=float(train_tokens), context_length=pick,
         interval=(float(min(low, longest) if unbounded else low), None if np.isinf(high) else high),
@@ -526,41 +474,49 @@ def advise_from(pilots: Pilots, train_tokens: float, tolerance: float = TOLERANC
         regret=regret, regret_interval=regret_ends, weights=pilots.weights,
         measured={int(c.size): (c.best, *c.best_interval()) for c in pilots.curves},
         held_out=None if held is None else (int(held.inside.sum()), len(held), float((held.measured - held.predicted).abs().max())), runs=len(pilots.runs), cost=cost, cost_formula=formula)
-    return replace(advice, notes=tuple(_notes(pilots, advice, share)))
+    return replace(advice, notes=tuple(_notes(pilots, advice, share, at_most)))
 
 # %% ../../nbs/theory/planner.ipynb #44ba3c6f
-def _harm(pilots: Pilots, train_tokens: float, level: float) -> float:
-    """Upper end, over the draws, of what the longest pilot context costs against the best measured or shorter one, nats."""
-    shortest, longest = pilots.reach
-    l = np.geomspace(shortest, longest, 100)
+def _harm(pilots: Pilots, train_tokens: float, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths up to the longest pilot, and the upper end, over the draws, of what each costs against the best of them, nats."""
+    l = np.geomspace(*pilots.reach, 100)
     loss = np.concatenate([pilots.fits[name].form.evaluate(draws, l, np.full(100, float(train_tokens))) for name, draws in pilots.draws.items()])
-    return float(percentile_interval(loss[:, -1] - loss.min(axis=1), level)[1])
+    return l, percentile_interval(loss - loss.min(axis=1, keepdims=True), level)[1]
 
 
-def _check_interval(point: float, low: float, high: float, share: float, longest: float) -> None:
-    if np.isinf(high) and low < longest:
-        raise Refusal(f"the data do not tell whether an optimum exists: in {share:.0%} of the draws longer is always better, in the others the optimum "
-                      f"begins at a length of {low:.0f}; add longer contexts or more seeds")
-    if np.isfinite(high) and high > MAX_WIDTH * low:
-        raise Refusal(f"the 95 % interval of the optimum reaches from {low:.0f} to {high:.0f}, more than a factor of {MAX_WIDTH:g}: add seeds or a wider grid")
-    if np.isfinite(point) and point > MAX_LENGTH_REACH * longest:
+def _settle(pilots: Pilots, point: float, low: float, high: float, share: float, train_tokens: float, tolerance: float, level: float) -> tuple[float, float | None]:
+    """Rules 4 to 6: the length to advise, infinite where none is too long, and what the safest one may cost where the draws leave the optimum open."""
+    longest = pilots.reach[1]
+    no_end, wide = np.isinf(high) and low < longest, np.isfinite(high) and high > MAX_WIDTH * low
+    if not no_end and np.isfinite(point) and point > MAX_LENGTH_REACH * longest:
         raise Refusal(f"the fitted optimum, {point:.0f}, is more than {MAX_LENGTH_REACH:g} times beyond the longest pilot context ({longest:.0f}): add longer pilots")
+    if not (no_end or wide):
+        return point, None
+    l, harm = _harm(pilots, train_tokens, level)
+    if no_end and harm[-1] <= tolerance:
+        return np.inf, None
+    safest, cost = l[harm.argmin()], float(harm.min())
+    if cost <= 2 * tolerance:
+        return float(safest), cost
+    what = (f"whether an optimum exists: in {share:.0%} of the draws longer is always better, in the others it begins at a length of {low:.0f}" if no_end
+            else f"the optimum closer than {low:.0f} to {high:.0f}, more than a factor of {MAX_WIDTH:g}")
+    raise Refusal(f"the data do not tell {what}, and even the safest length, {safest:.0f}, may cost {cost:.3f} nats: add seeds, or longer contexts")
 
 
-def _regrets(pilots: Pilots, pick: int, point: float, train_tokens: float, level: float) -> tuple[dict, dict]:
-    """Loss of each length less that of the optimum, nats: by the best law, and its interval by all laws."""
+def _regrets(pilots: Pilots, pick: int, far: float, train_tokens: float, level: float) -> tuple[dict, dict]:
+    """Loss of each length less that of the optimum, at most `far`, nats: by the best law, and its interval by all laws."""
     shortest, longest = pilots.reach
     asked = np.unique(np.r_[pilots.runs.context_length.unique(), float(pick)])
 
     def lack(name, parameters):
         form = pilots.fits[name].form
-        at = np.full(len(parameters), longest) if np.isinf(point) else np.minimum(optimal_lengths(form, parameters, train_tokens, shortest, longest), FAR * longest)
+        at = np.minimum(optimal_lengths(form, parameters, train_tokens, shortest, longest), far)
         bottom = np.array([form.evaluate(p, np.array([l]), np.array([train_tokens]))[0] for p, l in zip(parameters, at)])
         return form.evaluate(parameters, asked, np.full(len(asked), float(train_tokens))) - bottom[:, None]
 
     centre = lack(pilots.best.form.name, pilots.best.parameters[None])[0]
     low, high = percentile_interval(np.concatenate([lack(name, draws) for name, draws in pilots.draws.items()]), level)
-    keys = [int(l) if l == int(l) else float(l) for l in asked]
+    keys = [as_key(l) for l in asked]
     return dict(zip(keys, centre.tolist())), {k: (float(a), float(b)) for k, a, b in zip(keys, low, high)}
 
 # %% ../../nbs/theory/planner.ipynb #91f8fed6
@@ -569,10 +525,13 @@ def _spell(fit: Fit) -> str:
     return f"{fit.form.formula} with {values}"
 
 
-def _notes(pilots: Pilots, advice: Advice, share: float) -> Iterator[str]:
+def _notes(pilots: Pilots, advice: Advice, share: float, at_most: float | None) -> Iterator[str]:
     (shortest, longest), largest = pilots.reach, pilots.runs.train_tokens.max()
     if advice.unbounded:
         yield f"unbounded: by the best law no length is too long at this data size; the advice is the longest pilot context, {longest:.0f}"
+    elif at_most is not None:
+        yield (f"where the optimum is stays open; the advice is the safest length: against any other up to the longest pilot ({longest:.0f}) it costs at most "
+               f"{at_most:.3f} nats in 97.5 % of the draws")
     elif not advice.bracketed:
         yield f"not bracketed: the interval is not inside the measured context lengths ({shortest:.0f} to {longest:.0f})"
     if advice.unbounded and advice.interval[0] < longest:
@@ -590,49 +549,3 @@ def _notes(pilots: Pilots, advice: Advice, share: float) -> Iterator[str]:
     yield from design_notes(pilots.runs)
     if advice.train_tokens > largest:
         yield f"an extrapolation by a factor of {advice.train_tokens / largest:.3g} in the data"
-
-# %% ../../nbs/theory/planner.ipynb #f6063528
-def describe(advice: Advice, unit: str = "token") -> str:
-    """The advice in words, with the table of regrets.
-
-    Args:
-        advice: what `plan` returned.
-        unit: what a token is: "token", "byte", "bit".
-
-    Returns:
-        Some lines of text.
-    """
-    low, high = advice.interval
-    lines = ["Measured: " + "; ".join(f"at {size:.3g} {unit}s the best length is {best} ({a} to {b})" for size, (best, a, b) in advice.measured.items()) + "."]
-    answer = ("no upper limit found; the longest pilot is " if advice.unbounded else "") + f"{advice.context_length}"
-    end = "unbounded" if high is None else f"{high:.0f}"
-    lines.append(f"Predicted for {advice.train_tokens:.3g} training {unit}s: context length {answer} (95 % interval of the optimum {low:.0f} to {end} {unit}s; "
-                 f"{'bracketed' if advice.bracketed else 'not bracketed'}); loss {advice.loss:.4f} nats.")
-    what = "useful up to" if advice.unbounded else "shortest length"
-    a, b = advice.economical_interval
-    lines.append(f"Within {advice.tolerance:g} nats of that: {what} {advice.economical:.0f} {unit}s ({a:.0f} to {b:.0f}).")
-    lines.append(f"Law: {advice.law}.")
-    if advice.held_out:
-        inside, count, error = advice.held_out
-        lines.append(f"Held out, the largest pilots: {inside} of {count} losses inside their 95 % intervals, largest error {error:.3f} nats.")
-    lines += [f"Note: {note}." for note in advice.notes]
-    lines += ["", "context   regret (nats)   95 % interval   " + ("hours      FLOPs    MiB   regret at equal FLOPs" if advice.cost else "")]
-    for l, (a, b) in advice.regret_interval.items():
-        c = advice.cost.get(l)
-        lines.append(f"{l:>7}   {advice.regret[l]:>13.4f}   {f'{a:.4f} to {b:.4f}':<16}" + (f"{c.hours:>5.2g} {c.flops:>10.2g} {c.memory_mb:>6.0f}   {c.equal_flops:.4f}" if c else ""))
-    return "\n".join(line.rstrip() for line in lines + (["", f"Cost: {advice.cost_formula}."] if advice.cost else []))
-
-
-def describe_refusal(refusal: Refusal, table: pd.DataFrame, unit: str = "token") -> str:
-    """Why there is no advice, and what was measured all the same.
-
-    Args:
-        refusal: what `plan` raised.
-        table: of the pilots.
-        unit: what a token is.
-
-    Returns:
-        Some lines of text.
-    """
-    measured = [f"at {c.size:.3g} {unit}s the best length is {c.best} ({' to '.join(map(str, c.best_interval()))})" for c in _whole_curves(check_runs(table))]
-    return "\n".join([f"Refused: {refusal}.", *([f"Measured all the same: {'; '.join(measured)}."] if measured else [])])

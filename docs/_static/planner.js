@@ -41,6 +41,18 @@
     svg.append(draw("text", { transform: `translate(13 ${H / 2}) rotate(-90)`, "text-anchor": "middle" }, `loss (nats per ${pilots.unit})`));
   }
 
+  /* The answer's text; its table of lengths keeps its lines, and scrolls where the screen is narrow. */
+  function setWords(pre, text) {
+    const lines = text.split("\n"), first = lines.findIndex((line) => line.startsWith("context "));
+    if (first < 0) return void (pre.textContent = text);
+    let last = first;
+    while (/^ *\d/.test(lines[last + 1] ?? "")) last++;
+    const table = document.createElement("span");
+    table.style.cssText = "display: block; white-space: pre; overflow-x: auto";
+    table.textContent = lines.slice(first, last + 1).join("\n");
+    pre.replaceChildren(lines.slice(0, first).join("\n"), table, lines.slice(last + 1).join("\n"));
+  }
+
   function start(root) {
     const tables = JSON.parse(root.querySelector("script").textContent), panel = document.createElement("form");
     panel.innerHTML = `<label><span>pilots</span><select name="fit">${Object.keys(tables).map((name) => `<option>${name}</option>`).join("")}</select></label>`
@@ -62,10 +74,10 @@
       }
       const answer = pilots.answers.reduce((a, b) => (Math.abs(Math.log(b.D / asked)) < Math.abs(Math.log(a.D / asked)) ? b : a));
       exact.nextElementSibling.textContent = `${inTokens ? `= ${Math.round(asked).toLocaleString("en")} ` : ""}${pilots.unit}s; shown: ${answer.D.toLocaleString("en")}`;
-      headline.textContent = answer.headline ?? "No advice; the reason is below. ";
-      if (!answer.headline) headline.insertAdjacentHTML("beforeend", '<a href="#what-to-do">What to do</a>');
+      headline.textContent = answer.headline;
+      if (answer.refused) headline.insertAdjacentHTML("beforeend", '<a href="#what-to-do">What to do</a>');
       if (pilots.simulated) headline.insertAdjacentHTML("afterbegin", '<span class="badge">simulated</span> ');
-      words.textContent = answer.text;
+      setWords(words, answer.text);
       plot(svg, pilots, answer);
     }
     function reset() {
