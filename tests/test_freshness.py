@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
+from build import tables_of  # noqa: E402
 from freshness import provenance  # noqa: E402
 
 from ctxnb.batch.grid import read_grid  # noqa: E402
@@ -130,3 +131,10 @@ def test_a_grid_that_cannot_be_asked_is_no_crash(fresh, project):
     assert provenance(project / "train-quick.parquet", project)[1] == []
     grid.write_text(text.replace("layers = 2", "layer = 2"))
     assert "did you mean 'layers'" in provenance(project / "train-quick.parquet", project)[1][0]
+
+
+@pytest.mark.parametrize("page", sorted([*(ROOT / "nbs/results").glob("*.ipynb"), ROOT / "nbs/about/claims.ipynb"]), ids=lambda page: page.stem)
+def test_no_page_shows_a_stale_table(page):
+    """Or one that lacks runs of its grid, where the page does not say so."""
+    words = "\n".join(cell.source for cell in nbformat.read(page, 4).cells)
+    assert {table.name: wrong for table in tables_of(page).values() if table.is_file() and (wrong := provenance(table, ROOT, words)[1])} == {}
