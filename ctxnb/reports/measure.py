@@ -380,7 +380,7 @@ def as_markdown(lines: pd.DataFrame, names: Sequence[str]) -> str:
     """
     head = ["property", "lengths", "r", "95 %", "slope (nats per unit)", "95 %", "residual (nats)", "best rival's", "beats it in"]
     rows = [
-        [name, int(q.lengths), f"{q.r:+.4f}", f"{q.r_low:+.3f} to {q.r_high:+.3f}", f"{q.slope:+.4g}", f"{q.slope_low:+.3g} to {q.slope_high:+.3g}",
+        [name.replace(" >= ", "\u00a0≥\u00a0"), int(q.lengths), f"{q.r:+.4f}", f"{q.r_low:+.3f} to {q.r_high:+.3f}", f"{q.slope:+.4g}", f"{q.slope_low:+.3g} to {q.slope_high:+.3g}",
          f"{q.residual:.3f}", f"{q.rival:.3f}", f"{q.wins:.0%}"]
         for name, q in lines.loc[[name for name in names if name in lines.index]].iterrows()
     ]
