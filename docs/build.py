@@ -152,9 +152,10 @@ def run_page(run: str, folder: Path, back: str) -> nbformat.NotebookNode:
 
 def cell_text(value) -> str:
     """A parameter or result as the text of one table cell; measured numbers with four digits, long lists by their ends."""
+    value = json.loads(json.dumps(value), parse_float=lambda digits: float(f"{float(digits):.4g}"))
     if isinstance(value, list) and len(value) > 12:
         return f"`{json.dumps(value[:4])[:-1]}, ... {json.dumps(value[-2:])[1:]}` ({len(value)} values)"
-    return "`" + (f"{value:.4g}" if isinstance(value, float) else json.dumps(value)).replace("|", "\\|").replace("`", "'") + "`"
+    return "`" + (f"{value:g}" if isinstance(value, float) else json.dumps(value)).replace("|", "\\|").replace("`", "'") + "`"
 
 
 def origin(page: str) -> nbformat.NotebookNode:
