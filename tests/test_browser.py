@@ -328,3 +328,31 @@ def test_from_the_front_page_to_why_more_context_can_hurt(front_page):
     before = words.inner_text()
     front_page.locator("div.two-theories input[type=range]").fill("5")
     expect(words).not_to_have_text(before)
+
+
+CONTRAST = """() => {
+  const rgb = colour => (colour.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+  const clear = colour => rgb(colour).length == 4 && rgb(colour)[3] < 0.5;
+  const light = colour => { const [r, g, b] = rgb(colour).slice(0, 3).map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const ground = element => { for (let e = element; e; e = e.parentElement) if (!clear(getComputedStyle(e).backgroundColor)) return getComputedStyle(e).backgroundColor; return "rgb(0, 0, 0)"; };
+  const faint = [];
+  for (const element of document.querySelectorAll("main *:not(script, style)")) {
+    if (element.closest("mjx-container, .headerlink, figure svg") || ![...element.childNodes].some(node => node.nodeType == 3 && node.data.trim())) continue;
+    const style = getComputedStyle(element), box = element.getBoundingClientRect();
+    if (!box.width || style.visibility == "hidden") continue;
+    const pair = [light(element instanceof SVGElement ? style.fill : style.color), light(ground(element))];
+    if ((Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05) < 3) faint.push(element.textContent.trim().slice(0, 40));
+  }
+  return faint;
+}"""
+
+
+@pytest.mark.parametrize("page", ["index", "about/claims", "results/advice", "results/recipes", "theory/why"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_stand_out_from_their_ground(browser, page, scheme):
+    """Contrast of at least 3, what WCAG asks for large text; muted words are the faintest."""
+    with browser.new_context(color_scheme=scheme, offline=True) as context:
+        tab = context.new_page()
+        tab.goto((SITE / f"{page}.html").as_uri())
+        tab.wait_for_timeout(500)
+        none(tab.evaluate(CONTRAST))
