@@ -161,6 +161,14 @@ def test_a_theory_chapter_opens_unchanged_and_runs_top_to_bottom(browser, lab):
     tab.close()
 
 
+def test_the_planner_shows_its_answer_and_plot(browser, lab):
+    tab = lab.open(browser, "results/advice.ipynb")
+    lab.run_all(tab)
+    ran_well(lab.ended(tab, "results/advice.ipynb"))
+    assert tab.locator(".jp-OutputArea .widget-dropdown").count() and shown_pictures(tab)
+    tab.close()
+
+
 def test_training_is_watched_interrupted_and_goes_on(browser, lab):
     tab = lab.open(browser, "try/train.ipynb")
     tab.evaluate(WATCH_PICTURES)

@@ -279,3 +279,10 @@ def test_result_notebook_that_fails_on_the_fresh_table_is_named(project):
         "nbs/results/quick.ipynb fails on data/runs/tables/quick.parquet" in done.stderr
         and "KeyError" in done.stderr
     )
+
+
+def test_notebooks_name_their_kernel_and_nothing_else():
+    """Without a kernel JupyterLab asks for one; what an editor leaves is no part of a notebook. The state of widgets belongs to outputs."""
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+    found = {page.name: nbformat.read(page, 4).metadata for page in (Path(__file__).parents[1] / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in page.parts}
+    assert {name: dict(metadata) for name, metadata in found.items() if metadata.get("kernelspec") != kernel or set(metadata) - {"kernelspec", "widgets"}} == {}
