@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAR', 'FLAT', 'STEPS', 'MIN_LENGTHS', 'MIN_SIZES', 'MIN_SPARE_CELLS', 'MAX_DATA_REACH', 'MAX_LENGTH_REACH',
            'MAX_WIDTH', 'MIN_R2', 'LACK', 'MISMATCH', 'TOLERANCE', 'HELD_OUT_ERROR', 'LEAST_WEIGHT', 'RECIPE',
-           'optimal_lengths', 'useful_lengths', 'Refusal', 'Misfit', 'Advice', 'Pilots', 'design_notes',
+           'optimal_lengths', 'useful_lengths', 'Refusal', 'Misfit', 'Advice', 'Pilots', 'design_notes', 'check_reach',
            'hold_out_largest', 'whole_curves', 'fit_pilots', 'plan', 'advise_from']
 
 # %% ../../nbs/theory/planner.ipynb #e0af2ef8
@@ -252,8 +252,16 @@ def _check_design(runs: pd.DataFrame) -> None:
     _check_confounded(runs)
 
 
-def _check_reach(runs: pd.DataFrame, train_tokens: float) -> None:
-    """Rule 2."""
+def check_reach(runs: pd.DataFrame, train_tokens: float) -> None:
+    """Rule 2: refuse what is too far from the pilots.
+
+    Args:
+        runs: pilots, with a column train_tokens.
+        train_tokens: D of the planned run, tokens.
+
+    Raises:
+        Refusal: D is more than ten times the largest data size, or less than a tenth of the smallest.
+    """
     most, least = runs.train_tokens.max(), runs.train_tokens.min()
     if train_tokens > MAX_DATA_REACH * most:
         raise Refusal(f"D = {train_tokens:.3g} is {train_tokens / most:.3g} times the largest pilot ({most:.3g}); "
@@ -428,7 +436,7 @@ def plan(table: pd.DataFrame, train_tokens: float, *, forms: Sequence[str] | Non
         raise ValueError(f"train_tokens is {train_tokens}: expected a finite number above 1")
     runs = check_runs(table)
     _check_design(runs)
-    _check_reach(runs, train_tokens)  # before the fits, which take seconds
+    check_reach(runs, train_tokens)  # before the fits, which take seconds
     return advise_from(fit_pilots(runs, forms=forms, resamples=resamples, seed=seed), train_tokens, tolerance)
 
 # %% ../../nbs/theory/planner.ipynb #39613fe0
@@ -447,7 +455,7 @@ def advise_from(pilots: Pilots, train_tokens: float, tolerance: float = TOLERANC
     Raises:
         Refusal: rules 2, 4, 5 and 6.
     """
-    _check_reach(pilots.runs, train_tokens)
+    check_reach(pilots.runs, train_tokens)
     best, (shortest, longest) = pilots.best, pilots.reach
     optima = np.concatenate([optimal_lengths(pilots.fits[name].form, draws, train_tokens, shortest, longest) for name, draws in pilots.draws.items()])
     point = float(optimal_lengths(best.form, best.parameters, train_tokens, shortest, longest)[0])
