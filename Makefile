@@ -37,7 +37,7 @@ site: .venv/.ready  ## rebuild the site from the notebooks and the tables at han
 
 lab: .venv/.ready  ## open JupyterLab at its start page
 	@$(BIN)/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements 2>/dev/null  # it asks whether to fetch news
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/start.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
+	$(BIN)/jupyter lab --config=jupyter_lab_config.py --LabApp.default_url=/lab/tree/nbs/start.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # Notebooks that take a minute or more: `make test-rest` runs them.
 SLOW_NOTEBOOKS = intrinsic_entropy
