@@ -59,7 +59,7 @@ def describe(advice: Advice, unit: str = "token") -> str:
     lines += [f"Note: {note}." for note in advice.notes]
     return "\n".join(line.rstrip() for line in [*lines, *_table(advice.regret, advice.regret_interval, advice.cost, advice.cost_formula)])
 
-# %% ../../nbs/reports/answer.ipynb #8d790ab7
+# %% ../../nbs/reports/answer.ipynb #16f9d423
 def at_largest(curves: list[Curve], train_tokens: float, unit: str = "token", tolerance: float = TOLERANCE) -> list[str]:
     """What the largest pilots tell somebody who cannot wait for a law.
 
@@ -102,7 +102,7 @@ def measured_regrets(runs: pd.DataFrame, curves: list[Curve], train_tokens: floa
     cost, formula = training_costs(runs[runs.context_length.isin(last.context_length)], train_tokens, last.best, along_last_step(curves))
     return {int(l): float(e) for l, e in rows.excess.items()}, {int(l): (row.low, row.high) for l, row in rows.iterrows()}, cost, formula
 
-
+# %% ../../nbs/reports/answer.ipynb #8d790ab7
 NEXT = ("Next: laws miss the ends first, so leave out the length or data size farthest from the best (a filtered .csv is enough) and ask again; or run the lengths that are not measurably "
         "worse at more data, and read `ctxnb best`")
 
