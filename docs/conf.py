@@ -54,7 +54,6 @@ numfig = True
 smartquotes_action = "qe"  # -- begins an option
 math_number_all = True
 math_numfig = True
-smartquotes_action = "qe"  # -- begins an option
 math_eqref_format = "Eq. {number}"
 
 # docstrings: Google style, single backticks for code

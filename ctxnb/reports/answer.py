@@ -75,9 +75,9 @@ def at_largest(curves: list[Curve], train_tokens: float, unit: str = "token", to
     last = curves[-1]
     rows, (within, low, high) = last.excess(), last.shortest_within(tolerance)
     fair = [int(l) for l in rows.index[~rows.worse]]
-    moved = growth(curves) if len(curves) > 1 else "is known at one data size only"
+    moved = growth(curves) if len(curves) > 1 else ""
     others = f"not measurably worse: {', '.join(map(str, fair))}" if len(fair) > 1 else "all others are measurably worse"
-    lines = [f"Over these sizes the best length {moved}." if len(curves) > 1 else f"The best length {moved}.",
+    lines = [f"Over these sizes the best length {moved}." if moved else "The best length is known at one data size only.",
              f"With the most data, {last.size:,} {unit}s: best {last.best}; {others}; shortest within {tolerance:g} nats {within} ({low} to {high})."]
     if train_tokens <= 1.05 * last.size:
         return lines

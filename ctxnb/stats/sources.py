@@ -163,8 +163,7 @@ class MarkovSource(Source):
         return _settled(self.conditional)
 
     def joint(self, context_length: int) -> np.ndarray:
-        l, V = checked_length(context_length), self.n_tokens
-        table = self.stationary[:, None] * self.conditional
+        l, V, table = checked_length(context_length), self.n_tokens, self.stationary[:, None] * self.conditional
         if l <= self.order:
             return table.reshape(-1, V**l, V).sum(0)
         for length in range(self.order + 1, l + 1):
@@ -237,8 +236,7 @@ class HiddenMarkovSource(Source):
 
     def entropy_rate_bounds(self, context_length: int) -> tuple[float, float]:
         """H(X_0 | X_-l:-1, state before X_-l) and R(l). Source: Cover & Thomas, Elements of Information Theory, theorem 4.5.1."""
-        known_state = [conditional_entropy(self.joint(context_length, row)) for row in np.eye(len(self.emission))]
-        return float(self.stationary @ known_state), bayes_risk(self, context_length)
+        return float(self.stationary @ [conditional_entropy(self.joint(context_length, row)) for row in np.eye(len(self.emission))]), bayes_risk(self, context_length)
 
     def sample(self, n_documents: int, length: int, seed: int) -> np.ndarray:
         rng, tokens = np.random.default_rng(seed), np.empty((n_documents, length), dtype=np.int64)

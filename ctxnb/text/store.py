@@ -202,10 +202,7 @@ class StoreFiles(StoreFacts):
         return loaded
 
     def save_tokenizer(self, folder: Path | str) -> bool:
-        """Copy the tokenizer beside a trained model, so that `transformers` loads both from one folder.
-
-        Args:
-            folder: an existing folder.
+        """Copy the tokenizer into an existing folder, beside a trained model, so that `transformers` loads both from there.
 
         Returns:
             False for `bytes` and `gpt2`, which have no files of their own and are known by their names.

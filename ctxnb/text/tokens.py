@@ -240,8 +240,7 @@ def token_store(
         if os.path.exists(absolute_corpus(corpus)):  # it is there, and wrong
             raise
         return _gone(request, error)
-    source = opened.identify()
-    key = json_digest([FORMAT, source, identity, parameters])
+    key = json_digest([FORMAT, source := opened.identify(), identity, parameters])
     folder = _store_folder(f"{opened.name[:60]}-{name[:40]}", key)
     if not folder.is_dir():
         if not build:
