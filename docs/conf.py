@@ -189,6 +189,11 @@ def escape_markup(app, what, name, obj, options, lines: list[str]) -> None:
         lines += commands(obj)
 
 
+def plain_factories(app, what, name, obj, options, signature, returns) -> tuple[str, str] | None:
+    """A dataclass's defaults that are made anew are written as dots: `<factory>` is no Python, and a signature that does not parse is shown raw."""
+    return (signature.replace("<factory>", "..."), returns) if signature and "<factory>" in signature else None
+
+
 def commands(module) -> list[str]:
     """Lines for the commands of a module, which autodoc passes over; each with the anchor to which its source links back."""
     found = {name: value for name in getattr(module, "__all__", []) if isinstance(value := getattr(module, name), click.Command)}
@@ -224,15 +229,18 @@ def fill_gallery(app, page, template, context, doctree) -> None:
     """All figures of chapters and results on one page, each with the beginning of its caption and a link to where it is."""
     if page != "reference/gallery":
         return
-    shown = []
-    for name in sorted(name for name in app.env.found_docs if name.startswith(("results/", "theory/"))):
+    parts = []
+    for name in (name for name in app.env.toctree_includes[app.config.root_doc] if name.startswith(("results/", "theory/"))):
+        shown = []
         for figure in app.env.get_doctree(name).findall(nodes.figure):
             image, caption = (next(iter(figure.findall(kind)), None) for kind in (nodes.image, nodes.caption))
             if image is not None and caption is not None and image["uri"] in app.env.images:
                 file, alt = app.env.images[image["uri"]][1], html.escape(image.get("alt", ""), quote=True)
                 words = "".join(rf'<span class="math">\({html.escape(part.astext())}\)</span>' if isinstance(part, nodes.math) else html.escape(part.astext()) for part in caption.children)
                 shown.append(f'<a href="../{name}.html#{figure["ids"][0] if figure["ids"] else ""}"><img src="../_images/{file}" alt="{alt}"><span>{words.partition(". ")[0]}</span></a>')
-    context["body"] = context["body"].replace('<div class="gallery"></div>', f'<div class="gallery">{"".join(shown)}</div>')
+        if shown:
+            parts.append(f'<h2><a href="../{name}.html">{html.escape(app.env.titles[name].astext())}</a></h2><div class="gallery">{"".join(shown)}</div>')
+    context["body"] = context["body"].replace('<div class="gallery"></div>', "".join(parts))
 
 
 def setup(app) -> None:
@@ -246,3 +254,4 @@ def setup(app) -> None:
     app.add_post_transform(LinkExportedNames)
     app.add_post_transform(LinkFullImages)
     app.connect("autodoc-process-docstring", escape_markup, priority=100)  # before napoleon
+    app.connect("autodoc-process-signature", plain_factories)

@@ -2,6 +2,7 @@
 import ast
 import base64
 import gzip
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,11 +25,13 @@ def for_readers(nb: nbformat.NotebookNode, chapter: bool = False) -> nbformat.No
     module = next((f"ctxnb.{found[1]}" for cell in nb.cells if (found := re.search(r"^#\| *default_exp +(\S+)", cell.source, re.MULTILINE))), "")
     cells, entries = [], []
     for cell in nb.cells:
+        exported = cell.cell_type == "code" and bool(re.search(r"^#\| *export\b", cell.source, re.MULTILINE))
         parts = code_cells(cell, module, chapter) if cell.cell_type == "code" else [cell]
         if chapter and cell.cell_type == "code":
             described = [part.source for part in parts if part.cell_type == "markdown"]
-            if described and cells and is_introduction(cells[-1]):
-                described.insert(0, cells.pop().source)
+            if exported and cells and is_introduction(cells[-1]):
+                introduction = cells.pop().source
+                described[:0] = [introduction] * bool(described)
             entries += described
             parts = [part for part in parts if part.get("outputs")]
         cells += parts
@@ -36,9 +39,17 @@ def for_readers(nb: nbformat.NotebookNode, chapter: bool = False) -> nbformat.No
         cells = [cell for cell, following in zip(cells, [*cells[1:], None]) if not is_empty_section(cell, following)]
     if entries:
         cells.append(new_markdown_cell("::::{admonition} Functions and classes of this chapter\n:collapsible: closed\n:class: api\n\n" + "\n\n".join(entries) + "\n::::"))
-    nb.cells = [cell for cell in cells if cell.source.strip() or cell.get("outputs")]
+    nb.cells = words_first([cell for cell in cells if cell.source.strip() or cell.get("outputs")])
     nb.metadata = nbformat.from_dict({"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})  # for the highlighting of code
     return nb
+
+
+def words_first(cells: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Cells with the set-up that follows a bare title (imports, say) behind the first words."""
+    first = next((i for i, cell in enumerate(cells) if cell.cell_type == "markdown" and i and not cell.source.startswith("```{rst}")), 0)
+    if first > 1 and not re.search(r"^(?!#|>)\S", cells[0].source, re.MULTILINE) and all(cell.cell_type == "code" and not cell.outputs for cell in cells[1:first]):
+        return [*cells[:1], *cells[first:first + 1], *cells[1:first], *cells[first + 1:]]
+    return cells
 
 
 def is_introduction(cell: nbformat.NotebookNode) -> bool:
@@ -104,8 +115,10 @@ def tidy_tables(nb: nbformat.NotebookNode, runs: Iterable[str]) -> None:
         html = link.sub(lambda match: match[0] if match[1] in runs else match[2], data["text/html"])
         if "<thead" in html:
             soup = BeautifulSoup(html, "html.parser")
+            for style in soup.find_all("style", scoped=True):  # pandas' own, which no browser scopes: it would align other tables too
+                style.decompose()
             for table in soup.find_all("table"):
-                table["class"] = [*table.get("class", []), *["dataframe"] * ("dataframe" not in table.get("class", []))]
+                table["class"] = [*(name for name in table.get("class", []) if name != "dataframe"), "numbers"]  # the theme has stripes for the one
                 tidy_head(soup, table)
                 tidy_cells(table)
             html = str(soup)
@@ -152,9 +165,16 @@ def plain(text: str) -> str:
     if re.fullmatch(r"-?\d{4,}", text):
         return f"{int(text):,}"
     if re.fullmatch(r"-?\d+\.\d{4,}(e[-+]\d+)?", text):
-        value = float(text)
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return four_digits(text)
     return re.sub(r"[][]", "", text) if re.fullmatch(r"\[[\d., ]+\]", text) else text
+
+
+def four_digits(text: str) -> str:
+    """A number with four significant digits, and zeros at its end where it had them: a column keeps its decimals."""
+    value, decimals = float(text), len(text.partition(".")[2])
+    if "e" in text or abs(value) < 10.0 ** -decimals:
+        return f"{value:.4g}"
+    return f"{value:,.{max(0, min(decimals, 3 - math.floor(math.log10(abs(value)))))}f}"
 
 
 def round_words(nb: nbformat.NotebookNode) -> None:

@@ -51,6 +51,7 @@ LOOK = r"""async () => {
         anchors: [...document.querySelectorAll('[id], a[name]')].map(element => element.id || element.name),
         links: [...document.querySelectorAll('a[href]')].map(link => link.href),
         title: document.title,
+        first: Math.min(...[...document.querySelectorAll('main figure, main div.two-theories')].filter(shown).map(figure => figure.getBoundingClientRect().top + window.scrollY)),
         cut: [...document.querySelectorAll('main div.highlight pre, main div.cell_output pre, main div.math, main div.math mjx-container, main table')]
             .filter(element => shown(element.closest('div.math') || element)).map(element => element.tagName === 'TABLE' ? scroller(element) : element)
             .filter(element => element && element.scrollWidth > element.clientWidth + 1)
@@ -166,6 +167,37 @@ def test_figures_are_numbered_by_page_and_lead_to_their_file():
         for figure in figures:
             assert all((SITE / page).parent.joinpath(unquote(image.find_parent("a")["href"])).is_file() for image in figure.find_all("img")), page
     assert numbered > 50
+
+
+def test_a_chapter_shows_its_figure_within_two_screens(visits):
+    tops = {visit.page: visit.found["first"] for visit in visits if visit.width == "desk" and visit.page.startswith("theory/")}
+    assert len(tops) > 5
+    none([f"{page}: the first figure begins at {top} px" for page, top in tops.items() if not (top or 0) < 2 * WIDTHS["desk"][1]])
+
+
+def test_words_come_before_code():
+    """A page of the notebooks begins with a sentence and not with imports; templates are code from their parameters on."""
+    for page in pages():
+        article = BeautifulSoup((SITE / page).read_text(encoding="utf-8"), "html.parser").select_one("article.bd-article")
+        if (ROOT / "nbs" / page).with_suffix(".ipynb").is_file() and not page.startswith("runs/"):
+            parts = article.select("div.cell_input, section p, section li, figure")
+            first = next(part for part in parts if not part.find_parent(["blockquote", "details", "figcaption"]) and not part.find_parent("div", class_="origin"))
+            assert first.name != "div", page
+
+
+def test_a_folded_table_shows_its_best_rows(browser):
+    with browser.new_context(viewport={"width": 1280, "height": 900}, offline=True) as context:
+        tab = context.new_page()
+        tab.goto((SITE / "results/train_sweep.html").as_uri())
+        button = tab.locator("button.more", has_text="of lowest loss").last
+        table = button.locator("xpath=preceding::table[1]")
+        column = table.locator("thead tr").last.locator("th").all_inner_texts().index("loss")
+        losses = lambda rows: [float(row.locator("th, td").nth(column).inner_text()) for row in rows.all() if row.is_visible()]
+        shown = losses(table.locator("tbody tr"))
+        button.click()
+        every = losses(table.locator("tbody tr"))
+        assert len(shown) == 5 < len(every) and sorted(shown) == sorted(every)[:5]
+        assert button.count() == 0 or not button.is_visible()
 
 
 def test_the_gallery_shows_the_figures(visits):
@@ -347,11 +379,11 @@ CONTRAST = """() => {
 }"""
 
 
-@pytest.mark.parametrize("page", ["index", "about/claims", "results/advice", "results/recipes", "theory/why"])
+@pytest.mark.parametrize("page", ["index", "about/claims", "about/command", "results/advice", "results/recipes", "results/measure_features", "theory/why", "theory/decomposition", "batch/grid", "api/ctxnb.stats.laws"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_words_stand_out_from_their_ground(browser, page, scheme):
     """Contrast of at least 3, what WCAG asks for large text; muted words are the faintest."""
-    with browser.new_context(color_scheme=scheme, offline=True) as context:
+    with browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme, offline=True) as context:
         tab = context.new_page()
         tab.goto((SITE / f"{page}.html").as_uri())
         tab.wait_for_timeout(500)

@@ -172,7 +172,7 @@ def test_numbers_and_words_of_a_figure(project):
 
 def test_tables_are_tidied(project):
     page = (project / "site/theory/law.html").read_text()
-    (table,) = re.findall(r'<table[^>]*class="[^"]*dataframe.*?</table>', page, re.DOTALL)
+    (table,) = re.findall(r'<table[^>]*class="[^"]*numbers.*?</table>', page, re.DOTALL)
     head, body = table.split("<tbody>")
     assert head.count("<tr") == 1 and re.findall(r"<th>([^<]*)", head) == ["size", "loss", "inside"]  # the index's name beside the columns'
     assert re.findall(r"<t[dh]>([^<]*)", body) == ["16,000", "1.235", "yes", "50,000", "", "no"]
