@@ -172,7 +172,9 @@ def plain(text: str) -> str:
 def four_digits(text: str) -> str:
     """A number with four significant digits, and zeros at its end where it had them: a column keeps its decimals."""
     value, decimals = float(text), len(text.partition(".")[2])
-    if "e" in text or abs(value) < 10.0 ** -decimals:
+    if "e" in text:
+        return f"{value:.3e}"
+    if abs(value) < 10.0 ** -decimals:
         return f"{value:.4g}"
     return f"{value:,.{max(0, min(decimals, 3 - math.floor(math.log10(abs(value)))))}f}"
 

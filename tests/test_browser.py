@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
+from xml.etree import ElementTree
 
 import pytest
 from browser import chromium
@@ -51,6 +52,7 @@ LOOK = r"""async () => {
         anchors: [...document.querySelectorAll('[id], a[name]')].map(element => element.id || element.name),
         links: [...document.querySelectorAll('a[href]')].map(link => link.href),
         title: document.title,
+        drawn: [...document.querySelectorAll('main svg[viewBox] text')].filter(shown).map(text => [text.textContent, parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a || 99]),
         first: Math.min(...[...document.querySelectorAll('main figure, main div.two-theories')].filter(shown).map(figure => figure.getBoundingClientRect().top + window.scrollY)),
         cut: [...document.querySelectorAll('main div.highlight pre, main div.cell_output pre, main div.math, main div.math mjx-container, main table')]
             .filter(element => shown(element.closest('div.math') || element)).map(element => element.tagName === 'TABLE' ? scroller(element) : element)
@@ -154,6 +156,29 @@ def test_labels_of_figures_can_be_read(visits):
     assert pictures
     small = {(visit.page, visit.width, picture.name): size for visit, picture, scale in pictures if (size := scale * smallest_label(picture)) < 9}
     none([f"{page} ({width}): a label of {size:.1f} px in {name}" for (page, width, name), size in small.items()])
+    assert any(visit.found["drawn"] for visit in visits if visit.width == "phone")
+    none([f"{visit.page} ({visit.width}): {text!r} of {size:.1f} px" for visit in visits for text, size in visit.found["drawn"] if size < 9])
+
+
+def tick_labels(picture: Path) -> list[tuple[str, float, float, float]]:
+    """Labels of the x axes of one of matplotlib's SVG files: axes, y, left and right end, in its own units; glyphs are drawn at 100 units, of which a digit and a gap take 75."""
+    group, found = "{http://www.w3.org/2000/svg}g", []
+    for axes in ElementTree.parse(picture).iter(group):
+        for tick in axes.iter(group) if axes.get("id", "").startswith("axes_") else ():
+            for label in tick.iter(group) if tick.get("id", "").startswith("xtick_") else ():
+                if at := re.fullmatch(r"translate\(([\d.-]+) ([\d.-]+)\) scale\((0\.\d+) -[\d.]+\)", label.get("transform", "")):
+                    x, y, scale = map(float, at.groups())
+                    glyphs = [float(place) for part in label.iter() for place in re.findall(r"translate\(([\d.]+)", part.get("transform", "")) if part is not label]
+                    found.append((axes.get("id"), y, x, x + (max(glyphs, default=0.0) + 75) * scale))
+    return found
+
+
+def test_labels_of_an_axis_stand_apart(visits):
+    pictures = {Path(unquote(urlsplit(source).path)): visit.page for visit in visits if visit.page != GALLERY for source, _ in visit.found["pictures"] if source.endswith(".svg")}
+    labels = {picture: tick_labels(picture) for picture in pictures}
+    assert sum(map(len, labels.values())) > 500
+    none([f"{pictures[picture]}: labels at {one[2]:.0f} and {other[2]:.0f} of {one[0]} in {picture.name}" for picture, found in labels.items()
+          for one, other in zip(found, found[1:]) if one[:2] == other[:2] and one[2] < other[2] < one[3]])
 
 
 def test_figures_are_numbered_by_page_and_lead_to_their_file():

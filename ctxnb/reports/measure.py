@@ -430,12 +430,12 @@ def plot_against(losses: Losses, table: pd.DataFrame, names: Sequence[str]) -> F
     for ax, name in zip(axes.flat, names):
         x = table[name].to_numpy()
         _point_and_line(ax, x, losses.mean, np.stack([losses.mean - low, high - losses.mean]))
-        written = np.full(2, np.nan)  # where the last length was written: the next must stand clear of it
+        written: list[np.ndarray] = []  # where lengths were written: the next must keep clear of them
         reach = np.array([np.nanmax(x) - np.nanmin(x), np.ptp(losses.mean)])
         for l, at, y in zip(losses.context_length, x, losses.mean):
             here = np.array([at, y])
-            if np.isfinite(at) and not (np.abs(here - written) < 0.07 * reach).all():
-                written = here
+            if np.isfinite(at) and all((np.abs(here - other) > np.array([0.14, 0.08]) * reach).any() for other in written):
+                written.append(here)
                 ax.annotate(str(l), (at, y), xytext=(4, 3), textcoords="offset points", fontsize="xx-small")
         ax.set_xlabel(name)
     for ax in axes.flat[len(names):]:

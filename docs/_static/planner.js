@@ -17,7 +17,7 @@
   }
 
   function plot(svg, pilots, answer) {
-    const W = 640, H = 340, box = { left: 56, right: 12, top: 14, bottom: 46 };
+    const W = 640, H = 340, box = { left: 72, right: 16, top: 14, bottom: 46 };
     const sizes = [...new Set(pilots.cells.map((c) => c[0]))], curve = answer.curve ?? [];
     const nearest = sizes.reduce((a, b) => (Math.abs(Math.log(b / answer.D)) < Math.abs(Math.log(a / answer.D)) ? b : a));
     const dots = pilots.cells.filter((c) => c[0] === nearest).map((c) => [c[1], c[2]]), all = [...curve, ...dots];

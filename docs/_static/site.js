@@ -12,6 +12,13 @@ function fit() {
   }
 }
 
+// On a phone short cells keep to one line, and cells with many words a width at which they can be read: the table scrolls.
+function markWords() {
+  for (const cell of document.querySelectorAll("main table:not(.numbers, .genindextable, .indextable) tbody td")) {
+    if (cell.textContent.trim().length > 24) cell.classList.add("words");
+  }
+}
+
 // The rows that a folded table keeps, and words for them.
 function best(table, rows) {
   const names = [...table.querySelectorAll("thead tr:last-child > *")].map((cell) => cell.textContent.trim());
@@ -38,6 +45,7 @@ function foldTables() {
 }
 
 window.addEventListener("load", () => {
+  markWords();
   foldTables();
   fit();
   window.MathJax?.startup?.promise.then(fit);
