@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from ctxnb.experiments.schema import TrainSettings
 from ctxnb.experiments.train import BlockLoss, adamw, update
-from ctxnb.models.gpt import flops_per_token
+from ctxnb.models.gpt import parameter_count
+from ctxnb.theory.costs import flops_per_token
 
 SHAPE = (2, 4, 96, 1024, (16, 256), 1024)  # layers, heads, width, vocabulary, context lengths, tokens a step
 KINDS = {"products": ("aten::mm", "aten::addmm", "aten::bmm"), "attention": ("flash_attention",), "optimizer": ("adamw", "aten::_foreach", "clip"),
@@ -81,7 +82,7 @@ def main() -> None:
         layers, _, width, vocabulary = SHAPE[:4]
         print(json.dumps({"l": length, "tokens_per_cpu_second": {way: round(value) for way, value in rate.items()},
                           "ratio_to_plain": {way: round(value / rate["plain"], 3) for way, value in rate.items()},
-                          "share_of_product_rate": round(rate["ours"] * flops_per_token(layers, width, vocabulary, length) / peak, 3),
+                          "share_of_product_rate": round(rate["ours"] * flops_per_token(parameter_count(layers, width, vocabulary), layers, width, length) / peak, 3),
                           "time": {kind: round(share, 3) for kind, share in time_by_kind(ways["ours"]).items()}}))
 
 

@@ -35,8 +35,9 @@ import torch
 
 from ctxnb.experiments.schema import TrainSettings
 from ctxnb.experiments.train import BlockLoss, adamw, compile_blocks, update
-from ctxnb.models.gpt import flops_per_token, gpt, gpt_config, parameter_count, without_mask
+from ctxnb.models.gpt import gpt, gpt_config, parameter_count, without_mask
 from ctxnb.text.windows import micro_batches
+from ctxnb.theory.costs import flops_per_token
 
 CPU = {  # layers, heads, width, vocabulary, context lengths, tokens a step
     "quick": (2, 4, 64, 257, (16, 128), 512),
@@ -158,7 +159,7 @@ def measure(name: str, shape: tuple, length: int, arguments, peak: float, makers
             times[way].append(seconds(step))
     rate = {way: shape[5] / statistics.median(taken) for way, taken in times.items()}
     layers, _, width, vocabulary = shape[:4]
-    flops = flops_per_token(layers, width, vocabulary, length)
+    flops = flops_per_token(parameter_count(layers, width, vocabulary), layers, width, length)
     result = {"shape": name, "l": length, "parameters": parameter_count(layers, width, vocabulary), "tokens_per_step": shape[5], "flops_per_token": flops}
     result |= {f"{way}_tokens_per_s": per_s for way, per_s in rate.items()} | {f"ratio_to_{way}": rate["ours"] / rate[way] for way in ways if way != "ours"}
     result["share_of_matmul_rate"] = rate["ours"] * flops / peak

@@ -8,7 +8,6 @@ __all__ = ['DOCUMENTS', 'DOCUMENT_TOKENS', 'FIRST_LETTER', 'Language', 'language
 
 # %% ../../nbs/experiments/languages.ipynb #327cb287
 import functools
-import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 
 from .counts import predict
-from ..paths import data_dir, write_atomic
+from ..paths import build_once, data_dir
 from ..stats.hierarchy import Hierarchy, hierarchy_surprisal, random_hierarchy, sample_hierarchy
 from ..stats.sources import MarkovSource, Source, clock_source, copy_source, sample_arfima_signs
 from ..text.tokens import TokenStore, token_store
@@ -125,7 +123,7 @@ def write_language(name: str, path: Path, documents: int = DOCUMENTS, length: in
 
     Args:
         name: of the language.
-        path: a `.parquet` file to write; its folder is made.
+        path: a Parquet file to write; its folder must exist.
         documents: number of documents.
         length: tokens in each.
 
@@ -134,10 +132,8 @@ def write_language(name: str, path: Path, documents: int = DOCUMENTS, length: in
     """
     tokens = find_language(name).sample(documents, length, 0).astype(np.uint8) + FIRST_LETTER
     table = pd.DataFrame({"id": [f"{i:05}" for i in range(documents)], "text": [row.tobytes().decode("ascii") for row in tokens]})
-    content = io.BytesIO()
-    table.to_parquet(content, index=False, compression="zstd")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_atomic(path, content.getvalue())
+    table.to_parquet(path, index=False, compression="zstd")
+    return path
 
 # %% ../../nbs/experiments/languages.ipynb #5d583e7b
 def language_store(corpus: str | Path, tokenizer: str = "bytes", min_tokens: int = 1, build: bool = True) -> TokenStore | None:
@@ -164,10 +160,7 @@ def language_store(corpus: str | Path, tokenizer: str = "bytes", min_tokens: int
         find_language(name)
         if not build:
             return None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
-            if not path.exists():
-                write_language(name, path)
+        build_once(path, lambda new: write_language(name, new))
     return token_store(path, tokenizer, min_tokens=min_tokens, build=build)
 
 # %% ../../nbs/experiments/languages.ipynb #7742e88f

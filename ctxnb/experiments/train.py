@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from .losses import Evaluation, autocast, evaluate, next_token_losses, shorter_c
 from .schedule import branch_start, learning_rate_at, survivors
 from .schema import TrainResult, TrainSettings, open_text
 from ..models.gpt import gpt, gpt_config, without_mask
+from ..paths import written_whole
 from ..text.packing import Packed, Stream, document_positions
 from ..text.tokens import TokenStore
 from ..text.windows import Crops, Subset, Targets, Windows, draw_targets, draw_training_targets, micro_batches, subset
@@ -610,12 +610,9 @@ def save_model(folder: Path, model: PreTrainedModel, store: TokenStore) -> None:
         model: to be saved.
         store: token store that it was trained on.
     """
-    temporary, final = folder / f".{MODEL}.tmp", folder / MODEL
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    store.save_tokenizer(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
+    with written_whole(folder / MODEL) as new:
+        model.save_pretrained(new)
+        store.save_tokenizer(new)
 
 
 def compile_blocks(model: PreTrainedModel) -> None:

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, NemotronConfig, NemotronForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # %% auto #0
-__all__ = ['CAUSAL_ATTENTION', 'gpt_config', 'gpt', 'without_mask', 'parameter_count', 'flops_per_token']
+__all__ = ['CAUSAL_ATTENTION', 'gpt_config', 'gpt', 'without_mask', 'parameter_count']
 
 # %% ../../nbs/models/gpt.ipynb #72c45f2a
 def gpt_config(vocab_size: int, layers: int, heads: int, width: int, max_context: int, **more) -> NemotronConfig:
@@ -121,23 +121,3 @@ def parameter_count(layers: int, width: int, vocab_size: int) -> int:
         Parameters that get a gradient; the frozen norm biases are not counted.
     """
     return vocab_size * width + layers * 12 * width**2 + (2 * layers + 1) * width
-
-
-def flops_per_token(layers: int, width: int, vocab_size: int, context_length: int) -> float:
-    """Floating-point operations of training on one token: forward and backward, multiply and add counted apart.
-
-    Args:
-        layers: number of blocks.
-        width: size of the residual stream.
-        vocab_size: number of token ids.
-        context_length: tokens l in a block.
-
-    Returns:
-        6 per matrix entry (12 layers width^2 + vocabulary x width of the output), and
-        12 layers width x the mean number of visible tokens, (l + 1) / 2, for attention scores and averages.
-
-    Source: Chowdhery et al. 2022 (PaLM), appendix B, with the half of the scores that the causal mask hides
-    left out.
-    """
-    matrices = layers * 12 * width**2 + vocab_size * width
-    return 6 * matrices + 12 * layers * width * (context_length + 1) / 2

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
 from .source import SMOLLM2, ModelSource, cached_commit, find_model, read_json
-from ..paths import data_dir
+from ..paths import build_once, data_dir
 from ..text.identity import recall, remember
 from ..text.tokenizers import load_tokenizer, pretrained_tokenizer, tokenizer_identity
 
@@ -275,16 +271,12 @@ def _tokenizer_folder(source: ModelSource) -> Path:
 
 
 def _hub_tokenizer_folder(source: ModelSource) -> Path:
-    folder = _tokenizer_folder(source)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not folder.is_dir():
-            from transformers import AutoTokenizer
+    def build(folder: Path) -> None:
+        from transformers import AutoTokenizer
 
-            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-            AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False).save_pretrained(partial)
-            partial.rename(folder)
-    return folder
+        AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False).save_pretrained(folder)
+
+    return build_once(_tokenizer_folder(source), build)
 
 
 def is_prepared(source: ModelSource) -> bool:

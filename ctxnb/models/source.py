@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,9 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from filelock import FileLock
-
-from ..paths import data_dir
+from ..paths import build_once, data_dir
 from ..text.identity import content_digest, file_digests
 
 # %% auto #0
@@ -148,25 +145,14 @@ def _converted(file_name: str, digest: str, fetch, build: bool) -> ModelSource |
     if not folder.is_dir():
         if not build:
             return None
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():  # another process may have made it while we waited
-                _convert(folder, fetch)
+        build_once(folder, lambda new: _convert(new, fetch))
     return ModelSource(name, str(folder), "", f"gguf: {digest} form {_FORM}")
 
 
 def _convert(folder: Path, fetch) -> None:
-    for leftover in folder.parent.glob(f".{folder.name}.*.partial"):  # of a killed process: we hold the lock
-        shutil.rmtree(leftover)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch.") as fetched:
-            _widen(fetch(Path(fetched)), partial)
-        partial.chmod(0o755)
-        partial.rename(folder)
-    except BaseException:  # ctrl-C too
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    folder.mkdir()
+    with tempfile.TemporaryDirectory(dir=folder) as fetched:
+        _widen(fetch(Path(fetched)), folder)
 
 
 def _widen(file: Path, folder: Path) -> None:

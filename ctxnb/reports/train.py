@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['plot_two_views', 'plot_positions', 'shorter', 'plot_shorter', 'paired_interval', 'clamped', 'clamped_words',
-           'plot_clamped', 'token_flops', 'at_compute', 'matched_losses', 'best_lengths', 'plot_matched',
-           'data_exponents', 'grid_cells', 'cells_text']
+           'plot_clamped', 'at_compute', 'matched_losses', 'best_lengths', 'plot_matched', 'data_exponents',
+           'grid_cells', 'cells_text']
 
 # %% ../../nbs/reports/train.ipynb #9ff5fa42
 import tomllib
@@ -25,6 +25,7 @@ from .tables import context_axis, legend_beside, mark_minimum
 from ..stats.curves import Curve, complete_seeds
 from ..stats.laws import LAWS
 from ..stats.solver import fit_curves
+from ..theory.costs import flops_per_token
 
 # %% ../../nbs/reports/train.ipynb #bec4e9c1
 def plot_two_views(
@@ -283,37 +284,12 @@ def plot_clamped(split: pd.DataFrame, visible: int, unit: str = "token") -> Figu
     return figure
 
 # %% ../../nbs/reports/train.ipynb #111cdcbf
-_SHAPE = ("layers", "width", "parameters")
-
-
-_HISTORY = ("tokens_per_step", "history_step", "history_dev_loss", "stopped_early")
+_HISTORY = ("layers", "width", "parameters", "tokens_per_step", "history_step", "history_dev_loss", "stopped_early")
 
 
 def _require(table: pd.DataFrame, names: Sequence[str]) -> None:
     if lacking := [name for name in names if name not in table]:
         raise ValueError(f"the table lacks the columns {lacking}: expected training runs with their settings and history")
-
-
-def token_flops(
-    table: pd.DataFrame,
-) -> np.ndarray:
-    """Floating-point operations of training on one token, for each run.
-
-    Args:
-        table: from `read_table`, with the settings of the runs.
-
-    Returns:
-        [runs] FLOPs: 6 per matrix entry (all parameters but the gains of the norms; the embedding is tied) and
-        6 layers width (l + 1) for attention scores and averages, half of which the causal mask hides.
-
-    Raises:
-        ValueError: a column is missing.
-
-    Source: Chowdhery et al. 2022 (PaLM), appendix B; `ctxnb.models.gpt.flops_per_token`.
-    """
-    _require(table, _SHAPE)
-    matrices = table.parameters - (2 * table.layers + 1) * table.width
-    return (6 * matrices + 6 * table.layers * table.width * (table.context_length + 1)).to_numpy(float)
 
 # %% ../../nbs/reports/train.ipynb #111cds1
 def at_compute(
@@ -336,10 +312,11 @@ def at_compute(
     Raises:
         ValueError: a column is missing, a budget is not above 0, or the lengths of a data size have no budget in common.
     """
-    _require(table, _SHAPE + _HISTORY)
+    _require(table, _HISTORY)
     if budgets is not None and not all(budget > 0 for budget in budgets):
         raise ValueError(f"budgets = {list(budgets)}: expected training FLOPs above 0")
-    table, found = table.assign(step_flops=token_flops(table) * table.tokens_per_step), []
+    per_token = flops_per_token(table.parameters, table.layers, table.width, table.context_length)
+    table, found = table.assign(step_flops=per_token * table.tokens_per_step), []
     for size, runs in table.groupby("train_tokens"):
         spent = [np.asarray(run.history_step) * run.step_flops for run in runs.itertuples()]  # up to each evaluation
         for budget in _common_budgets(size, spent, runs.stopped_early) if budgets is None else budgets:
@@ -394,7 +371,7 @@ def matched_losses(
     Raises:
         ValueError: as `at_compute`; at some data size no seed has all lengths; or the models differ in shape.
     """
-    _require(table, _SHAPE + _HISTORY)
+    _require(table, _HISTORY)
     cache, size_of = _cache_bytes(table), EngFormatter("B", places=1)
     table = complete_seeds(table)
     test, read = _means(table, "loss"), at_compute(table)

@@ -10,19 +10,16 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 import time
-import uuid
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
-from ..paths import data_dir
+from ..paths import build_once, data_dir
 from .corpus import absolute_corpus, open_corpus
 from .documents import Corpus, Reader
 from .identity import file_digests, recall, remember
@@ -143,20 +140,12 @@ def _write_store(folder: Path, corpus: Corpus, tokenizer: str | Path, parameters
 
 # %% ../../nbs/text/tokens.ipynb #2c25dbb0
 def _build(folder: Path, corpus: Corpus, tokenizer: str | Path, parameters: dict, source: dict, key: str, empty_splits: bool = False) -> None:
-    """Write a store under a temporary name and rename it; nothing is left behind on failure."""
-    for leftover in folder.parent.glob(f".{folder.name}.*.partial"):  # of a killed process: we hold the lock
-        shutil.rmtree(leftover)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir()
-    try:
-        started = time.perf_counter()
-        manifest = _write_store(partial, corpus, tokenizer, parameters, source, key, empty_splits)
-        if corpus.identify() != source:
-            raise ValueError(f"corpus {corpus.name} was changed while it was read: start again")
-        os.rename(partial, folder)
-    except BaseException:  # ctrl-C too
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    """Write a store to a new folder and say what it holds."""
+    started = time.perf_counter()
+    folder.mkdir()
+    manifest = _write_store(folder, corpus, tokenizer, parameters, source, key, empty_splits)
+    if corpus.identify() != source:
+        raise ValueError(f"corpus {corpus.name} was changed while it was read: start again")
     _report(corpus, manifest, time.perf_counter() - started)
 
 
@@ -246,10 +235,7 @@ def token_store(
         if not build:
             known = recall(f"token store with key {key}")
             return KnownStore(known["digest"]) if known else None
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():  # another process may have built it while we waited
-                _build(folder, opened, tokenizer, parameters, source, key, empty_splits)
+        build_once(folder, lambda new: _build(new, opened, tokenizer, parameters, source, key, empty_splits))
     store = open_store(folder, tokenizer)
     if store.manifest["key"] != key:
         raise ValueError(f"token store {folder} is one of other text or parameters, moved there: delete the folder to have it built again")

@@ -5,13 +5,13 @@
 # %% ../../nbs/text/xor_strings.ipynb #4293cd38
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..paths import written_whole
 from .xor_tasks import TaskSet
 
 # %% auto #0
@@ -110,12 +110,9 @@ class Samples:
         Returns:
             The file; 15 bytes a sample for 100 bits.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
+        with written_whole(path) as new, new.open("wb") as file:
             np.savez(file, bits=self.bits, packed=self.packed, task=self.task, label=self.label)
-        os.replace(temporary, path)
-        return path
+        return Path(path)
 
     @classmethod
     def load(cls, path: Path | str) -> Samples:
