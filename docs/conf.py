@@ -171,6 +171,7 @@ def escape_markup(app, what, name, obj, options, lines: list[str]) -> None:
         line = re.sub(
             r"\{(eq|numref|ref|doc|math)\}(?=`)", r":\1:", line
         )  # MyST's roles, as in the notebooks
+        line = re.sub(r"^(\s+\w+: \w{1,3})\.(?= |$)", r"\1\.", line)  # "levels: L." begins no list
         parts = re.split(r"(``[^`]+``|^:\w+:|:\w+:`[^`]+`|`[^`]+`|\$[^$]+\$)", line)
         for j, part in enumerate(parts):
             if j % 2 == 0:

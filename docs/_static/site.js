@@ -15,7 +15,9 @@ function fit() {
 // On a phone short cells keep to one line, and cells with many words a width at which they can be read: the table scrolls.
 function markWords() {
   for (const cell of document.querySelectorAll("main table:not(.numbers, .genindextable, .indextable) tbody td")) {
-    if (cell.textContent.trim().length > 24) cell.classList.add("words");
+    const length = cell.textContent.trim().length;
+    if (length > 24) cell.classList.add("words");
+    if (length > 70) cell.classList.add("long");
   }
 }
 
