@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOCUMENTS', 'DOCUMENT_TOKENS', 'FIRST_LETTER', 'Language', 'languages', 'find_language', 'language_path',
-           'write_language', 'language_store', 'bayes_losses', 'count_contest']
+           'write_language', 'language_store', 'bayes_losses', 'count_contest', 'gpt_contest']
 
 # %% ../../nbs/experiments/languages.ipynb #327cb287
 import functools
@@ -18,9 +18,11 @@ import pandas as pd
 
 from .counts import predict
 from ..paths import build_once, data_dir
+from ..stats.bootstrap import cluster_error
 from ..stats.hierarchy import Hierarchy, hierarchy_surprisal, random_hierarchy, sample_hierarchy
 from ..stats.sources import MarkovSource, Source, clock_source, copy_source, sample_arfima_signs
 from ..text.tokens import TokenStore, token_store
+from ..text.windows import draw_targets
 
 # %% ../../nbs/experiments/languages.ipynb #309bd0b6
 @dataclass(frozen=True)
@@ -216,3 +218,31 @@ def count_contest(name: str, train_tokens: Sequence[int], seeds: Sequence[int], 
                 rows.append((name, D, seed, l, best.mean(), best.mean() + gap.mean(), gap.mean(), gap.std() / targets**0.5, -np.log(answers.additive[l]).mean()))
     columns = ["language", "train_tokens", "seed", "context_length", "bayes_risk", "loss", "approximation_loss", "error", "additive_loss"]
     return pd.DataFrame(rows, columns=columns)
+
+# %% ../../nbs/experiments/languages.ipynb #aa6969c1
+def gpt_contest(runs: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Approximation loss of trained models on a language.
+
+    Args:
+        runs: table of training runs on the language, which share their test targets.
+        name: of the language.
+
+    Returns:
+        A row for each run: `language`, `train_tokens`, `seed`, `context_length`, `bayes_risk`, `loss`, `approximation_loss` and its standard error over documents `error`, nats.
+
+    Raises:
+        ValueError: the runs have other test targets than the language's store gives today.
+    """
+    one, lengths = runs.iloc[0], sorted(runs.context_length.unique())
+    store = language_store(name)
+    targets = draw_targets(store, "test", one.max_context, one.test_targets, one.targets_seed)
+    documents, index = np.unique(targets.document, return_inverse=True)
+    if store.digest != one.data_digest or not all(np.array_equal(documents, run.document) for run in runs.itertuples()):
+        raise ValueError(f"the runs have test targets that the store of {name} does not give: it has changed")
+    exact = bayes_losses(name, targets.windows(store, max(lengths)), lengths)
+    count, rows = np.bincount(index), []
+    by_document = {l: np.bincount(index, losses) / count for l, losses in zip(lengths, exact)}
+    for run in runs.itertuples():
+        risk, gap = np.average(by_document[run.context_length], weights=count), run.document_loss - by_document[run.context_length]
+        rows.append((name, run.train_tokens, run.seed, run.context_length, risk, run.loss, run.loss - risk, cluster_error(gap, count)))
+    return pd.DataFrame(rows, columns=["language", "train_tokens", "seed", "context_length", "bayes_risk", "loss", "approximation_loss", "error"])

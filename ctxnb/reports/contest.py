@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ..stats.bootstrap import cluster_error
 from ..stats.fitting import fit_joint, fit_law
 from ..theory.horizon import collapse_residue, data_exponent
 from ..theory.optimal_context import ContextLaw, critical_tokens
@@ -18,7 +19,7 @@ from ..theory.optimal_context import ContextLaw, critical_tokens
 # %% auto #0
 __all__ = ['LEAST_GAIN', 'FIRST', 'HORIZON', 'FIRST_LAWS', 'GOOD_COLLAPSE', 'CLEAR_AICC', 'Draws', 'draw_losses', 'summary',
            'cost_of_longest', 'growth_of_best', 'data_slope', 'switch_sizes', 'switch_exponent', 'verdict', 'risk_law',
-           'compare_laws_of_both', 'verdicts', 'what_neither_explains']
+           'compare_laws_of_both', 'verdicts', 'what_neither_explains', 'longest_costs']
 
 # %% ../../nbs/reports/contest.ipynb #3274fffc
 @dataclass(frozen=True, eq=False)
@@ -269,3 +270,21 @@ def what_neither_explains(table: pd.DataFrame) -> pd.DataFrame:
     refuted = table[table.verdict == "differs"]
     both = refuted.groupby("language").theory.nunique()
     return refuted[refuted.language.isin(both.index[both == table.theory.nunique()])]
+
+# %% ../../nbs/reports/contest.ipynb #6bbdd1e1
+def longest_costs(runs: pd.DataFrame) -> pd.DataFrame:
+    """What the longest context costs above the best one, for each amount of text and seed, paired by document.
+
+    Args:
+        runs: training runs on one text: `train_tokens`, `seed`, `context_length`, `loss`, `document_loss` and `document_targets`.
+
+    Returns:
+        A row for each amount and seed: `D`, `seed`, `lengths` (their number), `best` and `longest` length, `cost` (nats per token) with its 95 % interval over documents, `low` to `high`.
+    """
+    rows = []
+    for (D, seed), part in runs.groupby(["train_tokens", "seed"]):
+        best, longest = part.loc[part.loss.idxmin()], part.loc[part.context_length.idxmax()]
+        error = 1.96 * cluster_error(longest.document_loss - best.document_loss, best.document_targets)
+        cost = longest.loss - best.loss
+        rows.append((D, seed, len(part), best.context_length, longest.context_length, cost, cost - error, cost + error))
+    return pd.DataFrame(rows, columns=["D", "seed", "lengths", "best", "longest", "cost", "low", "high"])
