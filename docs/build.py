@@ -102,7 +102,7 @@ def on_fresh_tables(path: Path, fresh: dict[str, Path], code: str) -> Path:
         partial = done.with_name("partial.ipynb")
         try:
             papermill.execute_notebook(str(path), str(partial), parameters={name: shown(table) for name, table in fresh.items()},
-                                       kernel_name="python3", cwd=str(path.parent), progress_bar=False)
+                                       kernel_name="python3", cwd=str(path.parent), progress_bar=False, execution_timeout=600)  # of a cell: a lost message hangs
         except Exception as problem:
             raise BuildError(f"{shown(path)} fails on {', '.join(map(shown, fresh.values()))}:\n{problem}") from problem
         partial.rename(done)
