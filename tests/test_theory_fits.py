@@ -351,7 +351,7 @@ def test_costs_are_those_of_the_pilots(pilots):
     table = pilots.assign(tokens_seen=4 * pilots.train_tokens, tokens_per_s=np.where(pilots.context_length == 128, 500.0, 1000.0), parameters=100_000, layers=2, width=64,
                           peak_memory_mb=10.0 * pilots.context_length)
     advice = plan(table, 3e7, resamples=200)
-    assert advice.cost[4].flops == pytest.approx(4 * 3e7 * (6 * 100_000 + 6 * 2 * 64 * 5)) and advice.cost[128].hours == pytest.approx(4 * 3e7 / 500 / 3600)
+    assert advice.cost[4].flops == pytest.approx(4 * 3e7 * (6 * (100_000 - 5 * 64) + 6 * 2 * 64 * 5)) and advice.cost[128].hours == pytest.approx(4 * 3e7 / 500 / 3600)
     assert advice.cost[128].memory_mb == 1280 and min(c.equal_flops for c in advice.cost.values()) == 0
     assert advice.cost[128].equal_flops > advice.regret[128]  # it gets less data at the same FLOPs
     assert plan(pilots, 3e7, resamples=200).cost == {}
