@@ -83,7 +83,7 @@ def training_costs(runs: pd.DataFrame, train_tokens: float, pick: float, loss: C
     memory = np.interp(l, known, by_length.peak_memory_mb.max().to_numpy(float))
     each, picked = (flops_per_token(n, layers, width, length) for length in (l, pick))
     equal = loss(l, picked / each)
-    formula = (f"D = {train_tokens:.3g} x {passes:.3g} passes (as the largest pilots had) x (6 N + 6 layers width (l + 1)) FLOPs, N = {n:,.0f}; hours at the pilots' speed "
+    formula = (f"D = {train_tokens:.3g} x {passes:.3g} passes (as the largest pilots had) x (6 N + 6 layers width (l + 1)) FLOPs, N = {n:,.0f} less the norms' gains; hours at the pilots' speed "
                "and memory at their peak, at each length; at equal FLOPs a cheaper length gets so much more data")
     rows = zip(l, train_tokens * passes * seconds / 3600, train_tokens * passes * each, memory, equal - equal.min())
     return {as_key(length): Cost(*map(float, row)) for length, *row in rows}, formula
