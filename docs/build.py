@@ -92,6 +92,8 @@ def on_fresh_tables(path: Path, fresh: dict[str, Path], code: str) -> Path:
     """
     import papermill
 
+    from ctxnb.batch.engine import own_sockets
+
     key = hashlib.sha256((code + digest(path, *fresh.values())).encode()).hexdigest()
     done = WORK / "results" / f"{path.stem}-{key[:16]}.ipynb"
     if not done.exists():
@@ -101,8 +103,9 @@ def on_fresh_tables(path: Path, fresh: dict[str, Path], code: str) -> Path:
         print(f"site: running {shown(path)} on {', '.join(map(shown, fresh.values()))}", flush=True)
         partial = done.with_name("partial.ipynb")
         try:
-            papermill.execute_notebook(str(path), str(partial), parameters={name: shown(table) for name, table in fresh.items()},
-                                       kernel_name="python3", cwd=str(path.parent), progress_bar=False, execution_timeout=600)  # of a cell: a lost message hangs
+            with own_sockets() as own:
+                papermill.execute_notebook(str(path), str(partial), parameters={name: shown(table) for name, table in fresh.items()}, kernel_name="python3",
+                                           cwd=str(path.parent), progress_bar=False, config=own, execution_timeout=600)  # seconds, of a cell
         except Exception as problem:
             raise BuildError(f"{shown(path)} fails on {', '.join(map(shown, fresh.values()))}:\n{problem}") from problem
         partial.rename(done)

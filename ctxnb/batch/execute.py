@@ -6,6 +6,7 @@
 __all__ = ['RunFailed', 'RunInterrupted', 'job_id', 'execute_run']
 
 # %% ../../nbs/batch/execute.ipynb #74b9b524
+import contextlib
 import errno
 import faulthandler
 import hashlib
@@ -169,13 +170,14 @@ def _papermill(run: Run, engine: str, folder: Path) -> None:
     """Execute the template with papermill, in the grid's base folder."""
     import papermill  # slow to import; the fork server has it, `ctxnb status` does not need it
 
-    import ctxnb.batch.engine  # registers the engine `shell`
+    from ctxnb.batch.engine import own_sockets  # and registers the engine `shell`
 
     os.environ |= {RUN_VARIABLE: str(folder), PLANNED: run.data, "TQDM_DISABLE": "1"}
-    papermill.execute_notebook(
-        _verbatim(run.template.path), _verbatim(folder / NOTEBOOK), run.parameters, engine_name="shell" if engine == "shell" else None,
-        kernel_name="python3", language="python", progress_bar=False, cwd=str(run.base),
-    )
+    with own_sockets() if engine == "kernel" else contextlib.nullcontext() as own:
+        papermill.execute_notebook(
+            _verbatim(run.template.path), _verbatim(folder / NOTEBOOK), run.parameters, engine_name="shell" if engine == "shell" else None,
+            kernel_name="python3", language="python", progress_bar=False, cwd=str(run.base), config=own,
+        )
 
 
 def _verbatim(path: Path) -> str:

@@ -125,7 +125,7 @@ def run_lock(run_id: str, runs: Path, timeout: float = 0) -> SoftFileLease:
     Returns:
         The lock, not yet acquired.
     """
-    return SoftFileLease(
+    return _Lease(
         lock_file(run_id, runs), lease_duration=LEASE_SECONDS, timeout=timeout, poll_interval=0.05 if 0 <= timeout <= 1 else 0.5,
         thread_local=False, on_compromise=lambda lost: end_process(f"its lock was lost ({lost.reason}): another process works on it"),
     )
@@ -187,6 +187,25 @@ def _renewed(marker: Path) -> bool:
     except OSError:
         return marker.exists()
     return abs(age) <= LEASE_SECONDS  # a date in the future is an old one, from before that clock was put back
+
+# %% ../../nbs/batch/states.ipynb #7667d36a
+class _Lease(SoftFileLease):
+    """A lease that also ends when its holder was killed between making its file and writing its name there."""
+
+    def _acquire(self) -> None:  # called at every attempt
+        _disown(Path(self.lock_file))
+        super()._acquire()
+
+
+def _disown(marker: Path) -> None:
+    """Write into the lock file of a nameless holder that shows no signs of life: filelock waits for ever for an empty one."""
+    try:
+        with open(marker, "r+b") as file:
+            if os.fstat(file.fileno()).st_size == 0 and not _renewed(marker):
+                file.write(b"its holder was killed before it wrote its name\n")  # no name either, which filelock takes over
+    except OSError:
+        return  # there is none, or it is not ours to write
+
 
 # %% ../../nbs/batch/states.ipynb #315c17c1
 STATES = ("done", "stale", "running", "queued", "interrupted", "failed", "missing")
