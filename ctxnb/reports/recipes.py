@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['recipe_name', 'read_recipes', 'whole', 'coverage', 'one_model', 'valley', 'plot_recipes', 'recipe_colours',
-           'split_by_recipe', 'plot_split', 'cost_by_budget', 'paired_difference', 'memory_gap', 'plot_memory']
+           'split_by_recipe', 'plot_split', 'cost_by_budget', 'paired_difference', 'cost_with_data', 'memory_gap',
+           'plot_memory']
 
 # %% ../../nbs/reports/recipes.ipynb #705e76f0
 from collections.abc import Sequence
@@ -256,6 +257,29 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame
         mean, half = paired_interval(differences, differences.mean() + weight * (means - differences.mean()))
         rows[cell] = {"difference": mean[0], "low": mean[0] - half[0], "high": mean[0] + half[0], "seeds": len(part), "documents": len(targets)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(key[:2])
+
+# %% ../../nbs/reports/recipes.ipynb #dc178968
+def cost_with_data(runs: pd.DataFrame, visible: int) -> pd.DataFrame:
+    """How the difference of the longest length to a short one changes with the data size, under each recipe.
+
+    Args:
+        runs: from `read_recipes`.
+        visible: the short length.
+
+    Returns:
+        A row per recipe and data size but its smallest: columns of `paired_difference` of the two differences of losses (the larger data size minus the smallest),
+        over the seeds that both sizes have, and `against` (the smallest size).
+    """
+    key, longest, rows = ["recipe_name", "train_tokens", "seed"], runs.context_length.max(), []
+    both = runs[runs.context_length == longest].merge(runs[runs.context_length == visible], on=key, suffixes=("", "_short"))
+    cost = both.assign(loss=both.loss - both.loss_short, document_loss=[np.subtract(*pair) for pair in zip(both.document_loss, both.document_loss_short)])
+    for name, part in cost.groupby("recipe_name"):
+        least = part.train_tokens.min()
+        for size in sorted(set(part.train_tokens) - {least}):
+            change = paired_difference(part[part.train_tokens == size], part[part.train_tokens == least].assign(train_tokens=size))
+            rows += [{"recipe_name": name, **row, "against": least} for row in change.reset_index().to_dict("records")]
+    columns = ["recipe_name", "train_tokens", "difference", "low", "high", "seeds", "documents", "against"]
+    return pd.DataFrame(rows, columns=columns).set_index(columns[:2])
 
 # %% ../../nbs/reports/recipes.ipynb #rcmem
 def memory_gap(runs: pd.DataFrame) -> pd.DataFrame:
