@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .train import paired_interval
+from .train import by_document, paired_interval
 from ..stats.fitting import fit_joint, fit_law
 from ..theory.horizon import collapse_residue, data_exponent
 from ..theory.optimal_context import ContextLaw, critical_tokens
@@ -284,7 +284,7 @@ def longest_costs(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (D, seed), part in runs.groupby(["train_tokens", "seed"]):
         best, longest = part.loc[part.loss.idxmin()], part.loc[part.context_length.idxmax()]
-        cost, weight = longest.loss - best.loss, best.document_targets / best.document_targets.mean()
-        _, (half,) = paired_interval(np.array([[cost]]), (cost + weight * (longest.document_loss - best.document_loss - cost))[:, None])
+        cost, means = longest.loss - best.loss, longest.document_loss - best.document_loss
+        _, (half,) = paired_interval(np.array([[cost]]), by_document(means, best.document_targets)[:, None])
         rows.append((D, seed, len(part), best.context_length, longest.context_length, cost, cost - half, cost + half))
     return pd.DataFrame(rows, columns=["D", "seed", "lengths", "best", "longest", "cost", "low", "high"])

@@ -18,7 +18,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from .tables import SAME, check_same, context_axis, legend_beside
-from .train import clamped, paired_interval, shorter
+from .train import by_document, clamped, paired_interval, shorter
 from ..stats.curves import complete_seeds, measured_curves
 
 # %% ../../nbs/reports/recipes.ipynb #rcread
@@ -251,10 +251,8 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame
         targets = np.asarray(part.document_targets.iloc[0], float)
         if any(not np.array_equal(targets, other) for other in part.document_targets_other):
             raise ValueError(f"D = {cell[0]:,}, l = {cell[1]}: the two were measured on different targets")
-        weight = (targets / targets.mean())[:, None]
-        means = np.mean([np.subtract(row.document_loss, row.document_loss_other) for row in part.itertuples()], axis=0)[:, None]
-        differences = (part.loss - part.loss_other).to_numpy(float)[:, None]
-        mean, half = paired_interval(differences, differences.mean() + weight * (means - differences.mean()))
+        means = np.mean([np.subtract(row.document_loss, row.document_loss_other) for row in part.itertuples()], axis=0)
+        mean, half = paired_interval((part.loss - part.loss_other).to_numpy(float)[:, None], by_document(means, targets)[:, None])
         rows[cell] = {"difference": mean[0], "low": mean[0] - half[0], "high": mean[0] + half[0], "seeds": len(part), "documents": len(targets)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(key[:2])
 
