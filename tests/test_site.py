@@ -106,7 +106,9 @@ def project(tmp_path_factory) -> Path:
             new_code_cell("seed = 0", metadata={"tags": ["parameters"]}),
         ],
     )
-    shutil.copy(ROOT / "nbs/paths.ipynb", project / "nbs")
+    (project / "nbs/batch").mkdir()
+    for needed in ("paths.ipynb", "batch/engine.ipynb"):  # by the builder itself
+        shutil.copy(ROOT / "nbs" / needed, project / "nbs" / needed)
     subprocess.run([Path(sys.executable).with_name("nbdev_export")], cwd=project, check=True)
 
     run = project / "data/runs" / RUN
