@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['recipe_name', 'read_recipes', 'whole', 'coverage', 'one_model', 'valley', 'plot_recipes', 'recipe_colours',
-           'split_by_recipe', 'plot_split', 'cost_by_budget', 'paired_difference', 'cost_with_data', 'memory_gap',
-           'plot_memory']
+           'split_by_recipe', 'plot_split', 'cost_by_budget', 'paired_difference', 'cost_with_data', 'by_tokens_seen',
+           'memory_gap', 'plot_memory']
 
 # %% ../../nbs/reports/recipes.ipynb #705e76f0
 from collections.abc import Sequence
@@ -278,6 +278,20 @@ def cost_with_data(runs: pd.DataFrame, visible: int) -> pd.DataFrame:
             rows += [{"recipe_name": name, **row, "against": least} for row in change.reset_index().to_dict("records")]
     columns = ["recipe_name", "train_tokens", "difference", "low", "high", "seeds", "documents", "against"]
     return pd.DataFrame(rows, columns=columns).set_index(columns[:2])
+
+
+def by_tokens_seen(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs named by what they saw in place of their epochs, so that two data sizes can be compared at equal steps.
+
+    Args:
+        runs: from `read_recipes`.
+
+    Returns:
+        The runs with one candidate and blocks of one length, each once; `recipe_name` says the dropout and how many tokens were seen.
+    """
+    plain = runs[(runs.candidates.map(len) == 1) & (runs.blocks != "mixed")]
+    names = [f"dropout {row.chosen_dropout:g}, {row.tokens_seen / 1e6:.1f} M tokens seen" for row in plain.itertuples()]
+    return plain.assign(recipe_name=names).drop_duplicates(["recipe_name", "train_tokens", "context_length", "seed"])
 
 # %% ../../nbs/reports/recipes.ipynb #rcmem
 def memory_gap(runs: pd.DataFrame) -> pd.DataFrame:
