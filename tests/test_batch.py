@@ -114,6 +114,13 @@ def test_run_twice_does_nothing_the_second_time(project, undisturbed):
     assert len(undisturbed.curve[7]) == 32
 
 
+def test_a_run_ends_by_itself(project):
+    """Its process is not ended while it gives back what it holds: nothing is left for Python to warn of."""
+    project.template("import multiprocessing\nlock = multiprocessing.RLock()\n" + WORK)
+    said = project("run")
+    assert "8 done" in said and "leaked" not in said
+
+
 def test_two_launchers_share_a_grid(project, undisturbed):
     first, second = project.start("run"), project.start("run")
     for launcher in (first, second):

@@ -251,7 +251,10 @@ def _work(slot: WorkerSlot, run: Run, code: str, engine: str, runs: Path, in_job
     """What the process of a run does, from its start to its end."""
     _end_with_launcher()
     enter_slot(slot)
-    return execute_run(run, code, engine, runs, slot.hardware, in_job)
+    try:
+        return execute_run(run, code, engine, runs, slot.hardware, in_job)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # pebble ends a process that has answered, in the middle of its own end
 
 
 def _outcome(future, run: Run, runs: Path) -> str:
