@@ -448,6 +448,7 @@ def test_random_kills_lose_nothing(tmp_path, record_property, monkeypatch):
                     spared = done + chance.randint(0, 1)  # every second kill waits for a finished run: the grid ends however busy the machine is
                     print(kills, victim, done, flush=True)
             launcher.communicate(timeout=120)
+            assert kills < 4 * KILLS, "the grid comes to no end"
         grids += 1
         repeated += sum(len(text) - 1 for text in attempts(project))
         same(project.table().drop(columns=["engine"]), undisturbed.table().drop(columns=["engine"]))
