@@ -93,7 +93,7 @@ def not_here(parameters: dict, settings: type | None) -> list[str]:
 
     Args:
         parameters: of the run.
-        settings: its settings class; its `check_here`, if it has one, raises ValueError.
+        settings: its settings class; its `check_here`, if it has one, raises ValueError or RuntimeError.
 
     Returns:
         One reason, or none.
@@ -102,7 +102,7 @@ def not_here(parameters: dict, settings: type | None) -> list[str]:
         return []
     try:
         settings(**parameters).check_here()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return [str(error)]
     return []
 

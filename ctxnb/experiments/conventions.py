@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .measure import ModelSettings
+from .measure import MeasuredText, ModelSettings
 from .measure_pass import measure_windows
 from .measure_targets import draw_target_table, target_windows
 from .schema import setting
@@ -155,6 +155,12 @@ class ConventionSettings(ModelSettings):
         if self.context_length > self.max_context:
             raise ValueError(f"context_length = {self.context_length}: expected 1 to max_context = {self.max_context}")
 
+    def chosen(self, text: MeasuredText) -> tuple[pd.DataFrame, int | None]:
+        """Targets, and the id of the convention `bos`."""
+        check_context(text.config, self.max_context + 1, text.source.name)
+        bos = bos_of(text.config, text.tokenizer, text.source.name) if "bos" in self.conventions else None
+        return draw_target_table(text.store, self.max_context, self.targets_per_document, self.documents, self.split, self.targets_seed), bos
+
     @property
     def named(self) -> list[tuple[str, str, int]]:
         """(name in the result, convention, stride) of each loss to compute; `strided` names its stride."""
@@ -178,9 +184,7 @@ def run_conventions(**settings: Any) -> dict:
     """
     s = ConventionSettings(**settings)
     text = s.read()
-    check_context(text.config, s.max_context + 1, text.source.name)
-    bos = bos_of(text.config, text.tokenizer, text.source.name) if "bos" in s.conventions else None
-    targets = draw_target_table(text.store, s.max_context, s.targets_per_document, s.documents, s.split, s.targets_seed)
+    targets, bos = s.chosen(text)
     loaded = s.load(text)
     started, parts = time.perf_counter(), []
     for name, convention, stride in s.named:

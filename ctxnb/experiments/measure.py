@@ -68,6 +68,20 @@ class ModelSettings(TextSettings):
         check_device(self.dtype, self.device)
         return measured_text(**{name: getattr(self, name) for name in _TEXT})
 
+    def chosen(self, text: MeasuredText) -> tuple:
+        """What a run takes from model and text; raises ValueError where they do not have it. Every kind of run has its own."""
+        return ()
+
+    def check(self, text: MeasuredText | None) -> list[str]:
+        """Refuse what model or text do not have, which a plan calls; None: nothing to look at."""
+        if text is not None:
+            self.chosen(text)
+        return []
+
+    def check_here(self) -> None:
+        """Refuse a device that this machine does not have; see `check_device`."""
+        check_device(self.dtype, self.device)
+
     def load(self, text: MeasuredText) -> PreTrainedModel:
         """The model in evaluation mode, on its device."""
         return load_model(text.source, self.dtype, self.device, self.attention, self.trust_remote_code)
@@ -101,6 +115,13 @@ class MeasureSettings(ModelSettings):
         super().__post_init__()
         if self.context_length > self.max_context:
             raise ValueError(f"context_length = {self.context_length!r}: expected 1 to max_context = {self.max_context}")
+
+    def chosen(self, text: MeasuredText) -> tuple[pd.DataFrame, tuple[np.ndarray, int] | None, int | None]:
+        """Targets, passage, and the id to put before every window."""
+        check_context(text.config, self.max_context + self.bos, text.source.name)
+        targets = _targets(self, text.store)
+        passage = _passage(text.store, targets, self.max_context, self.passage_tokens) if self.passage_tokens else None
+        return targets, passage, bos_of(text.config, text.tokenizer, text.source.name) if self.bos else None
 
 # %% ../../nbs/experiments/measure.ipynb #096beab8
 @dataclass(frozen=True)
@@ -289,15 +310,6 @@ def _representations(settings: MeasureSettings, measured: Measurement) -> dict[s
         result |= {name: [row[name] for row in rows] for name in rows[0]}
     return result
 
-
-def _bos(settings: MeasureSettings, text: MeasuredText) -> int | None:
-    """Id to put before every window; a tokenizer that would put one and is not asked to is mentioned."""
-    if settings.bos:
-        return bos_of(text.config, text.tokenizer, text.source.name)
-    if adds_bos(text.tokenizer):
-        log.warning("the tokenizer of %s puts a BOS before a text by default, and bos = False leaves it out", text.source.name)
-    return None
-
 # %% ../../nbs/experiments/measure.ipynb #55ec88f1
 def _measured(s: MeasureSettings, text: MeasuredText, loaded: PreTrainedModel, targets: pd.DataFrame, bos: int | None) -> tuple[dict, Measurement]:
     """The pass over the targets' windows, and what it gives."""
@@ -346,10 +358,10 @@ def measure(
     """
     s = MeasureSettings(**settings)
     text = s.read()
-    check_context(text.config, s.max_context + s.bos, text.source.name)
+    targets, passage, bos = s.chosen(text)
     note_context(text.config, s.context_length + s.bos, text.source.name)
-    bos, targets = _bos(s, text), _targets(s, text.store)
-    passage = _passage(text.store, targets, s.max_context, s.passage_tokens) if s.passage_tokens else None
+    if not s.bos and adds_bos(text.tokenizer):
+        log.warning("the tokenizer of %s puts a BOS before a text by default, and bos = False leaves it out", text.source.name)
     loaded = s.load(text)
     result, measured = _measured(s, text, loaded, targets, bos)
     if passage is not None:

@@ -309,12 +309,13 @@ class TaskSettings(ModelSettings):
         """Visible tokens for each fraction."""
         return [round(fraction * self.length) for fraction in self.fractions]
 
-    def tasks(self, text: MeasuredText, tokenizer: Tokenizer) -> list[Task]:
-        """The tasks; refused where the model has no positions for the longest."""
+    def chosen(self, text: MeasuredText) -> tuple[list[Task], Tokenizer, int | None]:
+        """Tasks, tokenizer, and the id to put before every prompt; refused where the model has no positions for the longest."""
+        tokenizer = load_tokenizer(text.tokenizer)
         tasks = make_tasks(self.kind, text.store, tokenizer, self.length, self.contexts, self.seed, self.split, self.nearest)
         longest = max(len(q.tokens) + sum(map(len, q.items)) for t in tasks for q in t.questions)
         check_context(text.config, self.bos + len(tasks[0].head) + self.length + longest + _SLACK, text.source.name)
-        return tasks
+        return tasks, tokenizer, bos_of(text.config, text.tokenizer, text.source.name) if self.bos else None
 
 # %% ../../nbs/experiments/tasks.ipynb #654144d6
 def run_tasks(**settings: Any) -> dict:
@@ -332,9 +333,7 @@ def run_tasks(**settings: Any) -> dict:
     """
     s = TaskSettings(**settings)
     text = s.read()
-    tokenizer = load_tokenizer(text.tokenizer)
-    tasks = s.tasks(text, tokenizer)
-    bos = bos_of(text.config, text.tokenizer, text.source.name) if s.bos else None
+    tasks, tokenizer, bos = s.chosen(text)
     loaded = s.load(text)
     started, scored = time.perf_counter(), []
     for visible in s.shown:
