@@ -1,4 +1,4 @@
-"""Training the small GPT of `data/grids/standard/limited.toml` on one core: tokens per CPU-second beside plain float32 eager, and what bounds it.
+"""Training the small GPT of `data/grids/standard/recipes.toml` on one core: tokens per CPU-second beside plain float32 eager, and what bounds it.
 
 Run `python bench/bench_cpu.py`. CPU-seconds are those of the process, so other work on the machine changes them little. Ways alternate step by step in one
 process on one thread: `plain` as in `bench_train.py`; `ours` is `ctxnb.experiments.train.update`; `ours bfloat16` the same in autocast, which `precision = "auto"` would

@@ -52,7 +52,7 @@ TINY_SPEED = {
     "synthetic": ("bench_synthetic", "--json", "--rounds", 1, "--samples", 0, "--micro-batch", 0, "--replicas", 2, "--transformer", "--size", "tiny"),
 }
 # Other grids: what differs from their files, and which cells. The last two want more than ten minutes: the transformer is 40 M samples of 0.57 GFLOP in float32,
-# 23 PFLOP; the large cells of `limited.toml` are 90 M tokens in 88,000 small steps each, and on a GPU runs of their own, with `device` for a parameter.
+# 23 PFLOP; the large cells of `limited.toml` are up to 37 M tokens in 36,000 small steps each, and on a GPU runs of their own, with `device` for a parameter.
 OTHERS = {
     "measure_tokens": ({}, []),
     "synthetic_transformer": ({}, ["seed=0"]),
@@ -65,7 +65,7 @@ TINY_AXES = dict(train_tokens=[2000, 4000], context_length=[4, 16], seed=[0, 1])
 TINY_OTHERS = {
     "measure_tokens": (dict(max_context=16, context_length=[4, 16], targets_per_document=8, layers=[0, -1]), []),
     "synthetic_transformer": (dict(epochs=1, width=16, layers=2, visible=[15, 60], train_samples=2000, dev_samples=500, test_samples=500, feature_samples=300), ["seed=0"]),
-    "limited": (TINY | dict(train_tokens=[2000, 4000], context_length=[4, 16]), ["train_tokens=4000", "seed=0"]),
+    "limited": (TINY | dict(candidates=[[c] for c in TINY["candidates"]], train_tokens=[2000, 4000], context_length=[4, 16]), ["train_tokens=4000", "seed=0"]),
 }
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipe_name', 'read_recipes', 'whole', 'coverage', 'one_model', 'valley', 'plot_recipes', 'recipe_colours',
            'split_by_recipe', 'plot_split', 'cost_by_budget', 'paired_difference', 'cost_with_data', 'by_tokens_seen',
-           'memory_gap', 'plot_memory']
+           'chosen_on_dev', 'plot_sizes', 'memory_gap', 'plot_memory']
 
 # %% ../../nbs/reports/recipes.ipynb #705e76f0
 from collections.abc import Sequence
@@ -39,21 +39,28 @@ def recipe_name(row: pd.Series) -> str:
     return name + ", mixed blocks" * (row.blocks == "mixed") + f", {row.objective}" * (row.objective != "all")
 
 
-def read_recipes(paths: Sequence[Path | str]) -> pd.DataFrame:
+def _of_model(model: str, name: str) -> str:
+    return f"{model}, {name}" if model else name
+
+
+def read_recipes(paths: Sequence[Path | str], sizes: bool = False) -> pd.DataFrame:
     """Runs of several tables with the name of their recipe.
 
     Args:
         paths: results tables in Parquet, of the same text, targets and model.
+        sizes: allow models of several sizes; `recipe_name` then begins with the size.
 
     Returns:
-        A row per run, with the column `recipe_name`.
+        A row per run, with the columns `recipe_name` and `model` ("919 k parameters", or "" without `sizes`).
 
     Raises:
         ValueError: the runs differ in text, targets or model, or a run occurs twice.
     """
     runs = pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
-    check_same(runs, [column for column in SAME["train"] if column not in ("blocks", "objective")], " and ".join(Path(path).name for path in paths))
-    runs["recipe_name"] = [recipe_name(row) for row in runs.itertuples()]
+    free = {"blocks", "objective"} | ({"layers", "heads", "width"} if sizes else set())
+    check_same(runs, [column for column in SAME["train"] if column not in free], " and ".join(Path(path).name for path in paths))
+    runs["model"] = [f"{row.parameters / 1000:.0f} k parameters" if sizes else "" for row in runs.itertuples()]
+    runs["recipe_name"] = [_of_model(row.model, recipe_name(row)) for row in runs.itertuples()]
     key = ["recipe_name", "train_tokens", "context_length", "seed"]
     if runs.duplicated(key).any():
         raise ValueError(f"two runs of {', '.join(map(str, runs.loc[runs.duplicated(key), key].iloc[0]))}: expected one for each recipe, D, l and seed")
@@ -290,8 +297,53 @@ def by_tokens_seen(runs: pd.DataFrame) -> pd.DataFrame:
         The runs with one candidate and blocks of one length, each once; `recipe_name` says the dropout and how many tokens were seen.
     """
     plain = runs[(runs.candidates.map(len) == 1) & (runs.blocks != "mixed")]
-    names = [f"dropout {row.chosen_dropout:g}, {row.tokens_seen / 1e6:.1f} M tokens seen" for row in plain.itertuples()]
+    names = [_of_model(row.model, f"dropout {row.chosen_dropout:g}, {row.tokens_seen / 1e6:.1f} M tokens seen") for row in plain.itertuples()]
     return plain.assign(recipe_name=names).drop_duplicates(["recipe_name", "train_tokens", "context_length", "seed"])
+
+# %% ../../nbs/reports/recipes.ipynb #98191ddd
+def chosen_on_dev(runs: pd.DataFrame) -> pd.DataFrame:
+    """The run of each model, data size, length and seed with the lowest loss on the dev split.
+
+    Args:
+        runs: from `read_recipes`.
+
+    Returns:
+        Some of the rows; `recipe_name` says that the recipe was chosen, and `chosen_recipe` which it was.
+    """
+    cell = ["model", "train_tokens", "context_length", "seed"]
+    best = runs.loc[runs.groupby(cell).dev_loss.idxmin()]
+    return best.assign(chosen_recipe=best.recipe_name, recipe_name=[_of_model(name, "recipe chosen on the dev split") for name in best.model])
+
+
+def plot_sizes(chosen: pd.DataFrame, counts: pd.DataFrame, unit: str = "token") -> Figure:
+    """Loss against context length of each size of model and of counting, a panel for each data size.
+
+    Args:
+        chosen: from `chosen_on_dev`.
+        counts: count models as a table of runs: `train_tokens`, `context_length`, `seed`, `loss`.
+        unit: what a token is.
+
+    Returns:
+        The figure; lines are means over seeds, points the seeds.
+    """
+    sizes, lengths = sorted(chosen.train_tokens.unique()), np.sort(chosen.context_length.unique())
+    order = list(chosen.groupby("model").parameters.first().sort_values().index)
+    figure, axes = plt.subplots(1, len(sizes), figsize=(4.6 * len(sizes), 3.8), layout="constrained", squeeze=False)
+    for axis, size in zip(axes[0], sizes):
+        here = chosen[chosen.train_tokens == size]
+        counted = counts[(counts.train_tokens == size) & counts.context_length.isin(lengths) & counts.seed.isin(here.seed)].groupby("context_length").loss.mean()
+        axis.plot(counted.index, counted, color="0.4", ls="--", label="Kneser-Ney")
+        for colour, name in zip(sns.color_palette("colorblind"), order):
+            part = here[here.model == name]
+            mean = whole(part).groupby("context_length").loss.mean() if len(part) else pd.Series(dtype=float)
+            axis.plot(mean.index, mean, color=colour, label=name)
+            axis.plot(part.context_length, part.loss, "o", ms=4, color=colour)
+        context_axis(axis, lengths, f"context length (visible {unit}s)")
+        axis.set_title(f"D = {size:,}")
+    axes[0, 0].set_ylabel(f"cross-entropy (nats per {unit})")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside lower center", ncols=4)
+    sns.despine(figure)
+    return figure
 
 # %% ../../nbs/reports/recipes.ipynb #rcmem
 def memory_gap(runs: pd.DataFrame) -> pd.DataFrame:
