@@ -328,7 +328,7 @@ def plot_sizes(chosen: pd.DataFrame, counts: pd.DataFrame, unit: str = "token") 
     """
     sizes, lengths = sorted(chosen.train_tokens.unique()), np.sort(chosen.context_length.unique())
     order = list(chosen.groupby("model").parameters.first().sort_values().index)
-    figure, axes = plt.subplots(1, len(sizes), figsize=(4.6 * len(sizes), 3.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(sizes), figsize=(3 * len(sizes), 3.6), layout="constrained", squeeze=False)
     for axis, size in zip(axes[0], sizes):
         here = chosen[chosen.train_tokens == size]
         counted = counts[(counts.train_tokens == size) & counts.context_length.isin(lengths) & counts.seed.isin(here.seed)].groupby("context_length").loss.mean()
