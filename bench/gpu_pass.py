@@ -65,7 +65,7 @@ TINY_AXES = dict(train_tokens=[2000, 4000], context_length=[4, 16], seed=[0, 1])
 TINY_OTHERS = {
     "measure_tokens": (dict(max_context=16, context_length=[4, 16], targets_per_document=8, layers=[0, -1]), []),
     "synthetic_transformer": (dict(epochs=1, width=16, layers=2, visible=[15, 60], train_samples=2000, dev_samples=500, test_samples=500, feature_samples=300), ["seed=0"]),
-    "limited": (TINY | dict(candidates=[[c] for c in TINY["candidates"]], train_tokens=[2000, 4000], context_length=[4, 16]), ["train_tokens=4000", "seed=0"]),
+    "limited": (TINY | dict(train_tokens=[2000, 4000], context_length=[4, 16]), ["train_tokens=4000", "seed=0"]),
 }
 
 

@@ -134,7 +134,7 @@ def _change(content: dict[str, Any], name: str, text: str, template: Template, p
         blocks = [block | {name: value} for block in blocks]
     else:
         content["parameters"][name] = value
-    content["axes"] = blocks
+    content["axes"] = [block for k, block in enumerate(blocks) if block not in blocks[:k]]  # blocks that differed in this name alone are one
 
 # %% ../../nbs/batch/grid.ipynb #d7737f6f
 def grid_toml(notebook: Path | str, data: str, parameters: dict[str, Any], axes: dict[str, Any], resources: dict[str, Any], comment: str = "") -> str:
