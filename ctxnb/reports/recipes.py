@@ -308,11 +308,11 @@ def chosen_on_dev(runs: pd.DataFrame) -> pd.DataFrame:
         runs: from `read_recipes`.
 
     Returns:
-        Some of the rows; `recipe_name` says that the recipe was chosen, and `chosen_recipe` which it was.
+        Some of the rows; `recipe_name` says that the recipe was chosen; which it was is in `chosen_dropout` and its neighbours.
     """
     cell = ["model", "train_tokens", "context_length", "seed"]
     best = runs.loc[runs.groupby(cell).dev_loss.idxmin()]
-    return best.assign(chosen_recipe=best.recipe_name, recipe_name=[_of_model(name, "recipe chosen on the dev split") for name in best.model])
+    return best.assign(recipe_name=[_of_model(name, "recipe chosen on the dev split") for name in best.model])
 
 
 def plot_sizes(chosen: pd.DataFrame, counts: pd.DataFrame, unit: str = "token") -> Figure:
