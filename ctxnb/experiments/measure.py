@@ -80,8 +80,7 @@ class ModelSettings(TextSettings):
 
     def check_here(self) -> None:
         """Refuse a device that this machine does not have; see `check_device`."""
-        if self.device not in ("auto", "cpu"):  # which are everywhere; a plan does without PyTorch
-            check_device(self.dtype, self.device)
+        check_device(self.dtype, self.device)
 
     def load(self, text: MeasuredText) -> PreTrainedModel:
         """The model in evaluation mode, on its device."""
