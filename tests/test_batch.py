@@ -315,6 +315,13 @@ def test_papermills_own_command_records_the_same_result(tmp_path):
     (by_grid,) = (tmp_path / "runs").glob("train-*/result.json")
     losses = [json.loads(file.read_text())["loss"] for file in (by_hand, by_grid)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    # more test targets: the same model, tested again
+    grid.write_text(grid.read_text().replace("test_targets = 1", "test_targets = 2"))
+    subprocess.run([*COMMAND, "one", grid, "0"], check=True, capture_output=True, env=environment)
+    (again,) = set((tmp_path / "runs").glob("train-*/result.json")) - {by_grid}
+    row, before = json.loads(again.read_text()), json.loads(by_grid.read_text())
+    assert (row["trained_in"], row["dev_loss"]) == (by_grid.parent.name, before["dev_loss"])
+    assert sum(row["document_targets"]) == 2 * sum(before["document_targets"])
 
 
 def test_every_help_is_for_a_newcomer():

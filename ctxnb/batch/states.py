@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATUS', 'NOTEBOOK', 'PARAMETERS', 'LEASE_SECONDS', 'STATES', 'run_path', 'partial_path', 'read_status',
            'write_status', 'read_object', 'run_lock', 'lock_file', 'end_process', 'lock_holder', 'RunState',
-           'states_of']
+           'states_of', 'run_differing_in']
 
 # %% ../../nbs/batch/states.ipynb #dc614398
 import hashlib
@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -328,3 +328,31 @@ def _from_before(run: Run, found: list[tuple[Path, dict]], code: str, runs: Path
                 reason = "its data are not prepared" if run.data == UNPREPARED else "made from other data"
             return RunState(run, "stale", reason, folder, status)
     return None
+
+# %% ../../nbs/batch/states.ipynb #differ1
+def run_differing_in(folder: Path, names: Collection[str], holding: str) -> tuple[Path, dict[str, Any]] | None:
+    """A finished run beside this one, of the same notebook, recipe and data, whose parameters differ only in some.
+
+    Args:
+        folder: of this run, as the runner made it; a run by hand has no such neighbours.
+        names: parameters that may differ.
+        holding: a file or folder that the other run must hold.
+
+    Returns:
+        The other run's folder and its result, of the latest where there are several; None where there is none. Costs two small files read for each run beside it.
+    """
+    def about(each: Path) -> tuple:
+        status, parameters = read_status(each), read_object(each / PARAMETERS)
+        return (*(status.get(key) for key in ("notebook", "recipe", "data")), {name: value for name, value in parameters.items() if name not in names})
+
+    own, found = about(folder), []
+    if own[0] is None:
+        return None
+    for file in folder.parent.glob(f"{Path(own[0]).stem}-*/{STATUS}"):
+        other, status = file.parent, read_status(file.parent)
+        if other != folder and about(other) == own and status.get("state") == "done" and not _damage(other, status) and (other / holding).exists():
+            found.append((str(status["started"]), other))
+    if not found:
+        return None
+    _, latest = max(found)
+    return latest, read_object(latest / RESULT)

@@ -465,6 +465,7 @@ class TrainResult:
     precision_gain: float | None = column("speed of bfloat16 over float32 as measured before training; None where it was not measured")
     hardware_used: str = column("cpu, or the name of the GPU")
     group_size: int = column("processes that shared each step")
+    trained_in: str = field(default="", metadata={"about": "the run that trained the model, where this one only tested it; empty where it was trained here"})
 
 # %% ../../nbs/experiments/schema.ipynb #schab1
 def about(record: type) -> pd.DataFrame:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .graph import RecordedPass, step_way
 from .group import all_mean, in_group, on_rank0, rank, world_size
@@ -40,9 +40,10 @@ from ..text.windows import Crops, Subset, Targets, Windows, draw_targets, draw_t
 log = logging.getLogger("ctxnb")
 
 # %% auto #0
-__all__ = ['log', 'CHECKPOINT', 'MODEL', 'Text', 'read_text', 'step_windows', 'visible_context', 'usable_share', 'adamw',
-           'BlockLoss', 'update', 'record', 'ResidualDropout', 'bfloat16_gain', 'Search', 'Job', 'run_leg', 'run_trial',
-           'search', 'measure', 'peak_memory_mb', 'describe', 'save_model', 'compile_blocks', 'processes_of', 'train']
+__all__ = ['log', 'CHECKPOINT', 'MODEL', 'TESTING', 'Text', 'read_text', 'step_windows', 'visible_context', 'usable_share',
+           'adamw', 'BlockLoss', 'update', 'record', 'ResidualDropout', 'bfloat16_gain', 'Search', 'Job', 'run_leg',
+           'run_trial', 'search', 'measure', 'peak_memory_mb', 'describe', 'save_model', 'compile_blocks',
+           'processes_of', 'train']
 
 # %% ../../nbs/experiments/train.ipynb #1004f483
 class Text(NamedTuple):
@@ -710,11 +711,28 @@ def _train(
 
     return on_rank0(report)
 
+# %% ../../nbs/experiments/train.ipynb #again1
+TESTING = ("test_targets", "train_targets")  # settings that only the measurement of a trained model knows
+
+
+def _test_again(s: TrainSettings, trained: tuple[Path, dict], folder: Path, text: Text) -> TrainResult:
+    """The result of a finished run, its model measured as these settings say."""
+    before, earlier = trained
+    started = time.perf_counter()
+    job = _open_job(s, folder, text, math.inf, graph=False)
+    job.found.best_weights = AutoModelForCausalLM.from_pretrained(before / MODEL).state_dict()
+    log.info("testing the model of %s", before.name)
+    losses = measure(job)
+    save_model(folder, job.model, text.store)
+    seconds = earlier["eval_seconds"] + time.perf_counter() - started
+    return TrainResult(**earlier | losses | {"eval_seconds": seconds, "trained_in": earlier.get("trained_in") or before.name})
+
 # %% ../../nbs/experiments/train.ipynb #b82b6s1
 def train(
     *,
     folder: Path | str,
     store: TokenStore | None = None,
+    trained: tuple[Path, dict] | None = None,
     compile: bool | None = None,
     graph: bool | None = None,
     checkpoint_seconds: float = 30.0,
@@ -725,6 +743,7 @@ def train(
     Args:
         folder: where the checkpoint and then the trained `model/` go; made if it is not there.
         store: token store to use in place of the one that `corpus`, `tokenizer` and the settings after them name.
+        trained: folder and result of a finished run that differs from this one in `TESTING` only: its model is measured, and none trained. None trains one.
         compile: `torch.compile` the blocks of the model for training; None for as `CTXNB_STEP` says, see `step_way`.
         graph: record forward and backward passes as CUDA graphs, which needs a GPU; None for as `CTXNB_STEP` says.
         checkpoint_seconds: shortest time between two checkpoints, seconds.
@@ -742,6 +761,8 @@ def train(
     device = choose_device(s.device)
     processes = processes_of(s, device)
     text = read_text(s, store)
+    if trained:
+        return _test_again(s, trained, Path(folder), text)
     arguments = dict(s=s, folder=Path(folder), compile=compile, graph=graph, checkpoint_seconds=checkpoint_seconds)
     if processes == 1:
         return _train(text=text, **arguments)
