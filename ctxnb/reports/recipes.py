@@ -17,7 +17,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from .tables import SAME, check_same, context_axis, legend_beside
+from .tables import KEY, SAME, check_same, choose_recipes, context_axis, legend_beside
 from .train import by_document, clamped, paired_interval, shorter
 from ..stats.curves import complete_seeds, measured_curves
 
@@ -302,7 +302,7 @@ def by_tokens_seen(runs: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/reports/recipes.ipynb #98191ddd
 def chosen_on_dev(runs: pd.DataFrame) -> pd.DataFrame:
-    """The run of each model, data size, length and seed with the lowest loss on the dev split.
+    """The run of each model, data size, length and seed with the lowest loss on the dev split, see `choose_recipes`.
 
     Args:
         runs: from `read_recipes`.
@@ -310,8 +310,7 @@ def chosen_on_dev(runs: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Some of the rows; `recipe_name` says that the recipe was chosen; which it was is in `chosen_dropout` and its neighbours.
     """
-    cell = ["model", "train_tokens", "context_length", "seed"]
-    best = runs.loc[runs.groupby(cell).dev_loss.idxmin()]
+    best = choose_recipes(runs, ["model", *KEY["train"]])
     return best.assign(recipe_name=[_of_model(name, "recipe chosen on the dev split") for name in best.model])
 
 

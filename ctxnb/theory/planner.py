@@ -219,9 +219,11 @@ def design_notes(table: pd.DataFrame) -> list[str]:
         table: from `check_runs`.
 
     Returns:
-        Missing cells, seeds that the measured comparison leaves out, and settings that change with the data size; empty for a complete design.
+        Cells whose recipe was chosen among runs, missing cells, seeds that the measured comparison leaves out, and settings that change with the data size; empty for a complete design.
     """
     runs, notes = table, []
+    if "runs_in_cell" in runs:
+        notes.append(f"{runs.runs_in_cell.sum():.0f} runs of several recipes: at each context length, data size and seed the one with the lowest loss on the dev split counts")
     lengths, sizes = sorted(runs.context_length.unique()), sorted(runs.train_tokens.unique())
     there = set(zip(runs.context_length, runs.train_tokens))
     if missing := [f"{l:g} at {d:.3g}" for d in sizes for l in lengths if (l, d) not in there]:
