@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .measure_pass import Measurement, measure_windows, passage_losses
+from .measure_pass import Measurement, layer_numbers, measure_windows, passage_losses
 from .measure_targets import draw_target_table, position_sample, read_target_table, recurrence, target_windows
 from .representation import representation
 from .schema import TextSettings, check_settings, setting
@@ -119,6 +119,7 @@ class MeasureSettings(ModelSettings):
     def chosen(self, text: MeasuredText) -> tuple[pd.DataFrame, tuple[np.ndarray, int] | None, int | None]:
         """Targets, passage, and the id to put before every window."""
         check_context(text.config, self.max_context + self.bos, text.source.name)
+        layer_numbers(text.config, self.layers)
         targets = _targets(self, text.store)
         passage = _passage(text.store, targets, self.max_context, self.passage_tokens) if self.passage_tokens else None
         return targets, passage, bos_of(text.config, text.tokenizer, text.source.name) if self.bos else None

@@ -16,7 +16,7 @@ import numpy as np
 
 if TYPE_CHECKING:  # the planner of a grid asks for the data's digest without loading torch
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger("ctxnb")
 
@@ -49,11 +49,11 @@ class Measurement:
     seconds: float
 
 # %% ../../nbs/experiments/measure_pass.ipynb #65ca6057
-def layer_numbers(model: PreTrainedModel, layers: Sequence[int]) -> tuple[int, ...]:
+def layer_numbers(config: PreTrainedConfig, layers: Sequence[int]) -> tuple[int, ...]:
     """Convert layer indices, possibly negative, to 0..L.
 
     Args:
-        model: causal language model of L blocks.
+        config: of a causal language model of L blocks.
         layers: numbers from -(L + 1) to L.
 
     Returns:
@@ -62,13 +62,13 @@ def layer_numbers(model: PreTrainedModel, layers: Sequence[int]) -> tuple[int, .
     Raises:
         ValueError: a number that the model does not have, or one that occurs twice.
     """
-    last = model.config.get_text_config().num_hidden_layers
+    last = config.get_text_config().num_hidden_layers
     for layer in layers:
         if not -last - 1 <= layer <= last:
             raise ValueError(f"layers = {list(layers)}: the model has hidden states 0 to {last} (or {-last - 1} to -1), not {layer}")
     numbers = tuple(layer % (last + 1) for layer in layers)
     if len(set(numbers)) < len(numbers):
-        raise ValueError(f"layers = {list(layers)}: a layer occurs twice")
+        raise ValueError(f"layers = {list(layers)} are {list(numbers)} in a model of {last} block{'s' if last > 1 else ''}: expected each layer once")
     return numbers
 
 
@@ -180,7 +180,7 @@ def measure_windows(
     import torch
     from accelerate.utils import find_executable_batch_size
 
-    numbers = layer_numbers(model, layers)
+    numbers = layer_numbers(model.config, layers)
     ids = torch.from_numpy(np.ascontiguousarray(windows))
     if bos is not None:
         ids = torch.cat([torch.full((len(ids), 1), bos), ids], dim=1)
