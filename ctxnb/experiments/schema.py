@@ -306,7 +306,7 @@ def check_text(s: TrainSettings, store: TokenStore) -> list[str]:
                          "since the standard error is over documents")
     if (error := paired_error(len(test))) > 0.005:
         warnings.append(f"{len(test):,} test targets in {documents} documents: two context lengths will differ with a standard error of some "
-                        f"{error:.4f} nats; test_targets = {math.ceil((_SPREAD / 0.005) ** 2 / documents)} would bring it below 0.005 where documents hold as many")
+                        f"{error:.4f} nats; test_targets = {math.ceil((_SPREAD / 0.005) ** 2 / documents)} would bring it below 0.005 where documents hold as many (it tests a finished model again, and trains none)")
     return warnings
 
 # %% ../../nbs/experiments/schema.ipynb #880b73b0
