@@ -688,7 +688,7 @@ def best(results: Path, clamped: int | None, tolerance: float) -> None:
     """The best context length for each data size of RESULTS, with its uncertainty.
 
     RESULTS is a Parquet or CSV table with a row for each run: context_length, train_tokens, seed and loss. Lengths are compared on the
-    same subsets, seeds and, where the table has them, test documents.
+    same subsets, seeds and, where the table has them, test documents. Of runs that were offered different recipes, the one with the lowest loss on the dev split counts.
     """
     from ctxnb.reports.tables import headline, read_table, unit_of
     from ctxnb.stats.curves import measured_curves
