@@ -237,8 +237,10 @@ def design_notes(table: pd.DataFrame) -> list[str]:
             what = "there is no measured comparison there" if len(short) == len(count) else "the measured comparison leaves them out"
             notes.append(f"at {size:.3g} {left} some of the lengths: {what}")
     for column in [name for name in RECIPE if name in runs]:
-        if len(values := runs[column].map(lambda v: str(np.asarray(v).tolist())).unique()) > 1:
-            notes.append(f"{column} changes with the data size ({', '.join(values[:4])}): the laws take that for an effect of data")
+        values = runs[column].map(lambda v: str(np.asarray(v).tolist()))
+        if values.nunique() > 1:
+            by_size = values.groupby(runs.train_tokens).agg(frozenset).nunique() > 1
+            notes.append(f"{column} changes with the {'data size' if by_size else 'seed'} ({', '.join(values.unique()[:4])}): the laws take that for {'an effect of data' if by_size else 'noise'}")
     return notes
 
 # %% ../../nbs/theory/planner.ipynb #1bb148cd
