@@ -183,13 +183,14 @@ def split_by_recipe(runs: pd.DataFrame, visible: int) -> pd.DataFrame:
         visible: the short length a.
 
     Returns:
-        A row per data size and recipe that has both: columns of `clamped`.
+        A row per data size and recipe that has both, over the seeds that have both: columns of `clamped`.
     """
     longest, rows = runs.context_length.max(), {}
-    for (size, name), part in runs.groupby(["train_tokens", "recipe_name"]):
-        both = part[part.context_length.isin([visible, longest])]
-        if len(both := both[both.groupby("seed").context_length.transform("nunique") == 2]):
-            rows[size, name] = clamped(both, visible).iloc[0]
+    for (size, name), part in runs[runs.context_length >= visible].groupby(["train_tokens", "recipe_name"]):
+        lengths = part.groupby("seed").context_length.agg(set)
+        if len(lengths := lengths[[{visible, longest} <= each for each in lengths]]):  # lengths between the two tell more of how seeds scatter
+            shared = part[part.seed.isin(lengths.index) & part.context_length.isin(set.intersection(*lengths))]
+            rows[size, name] = clamped(shared, visible).loc[(size, longest)]
     return pd.DataFrame(rows).T.rename_axis(["train_tokens", "recipe_name"]).infer_objects()
 
 
