@@ -341,16 +341,17 @@ def run_differing_in(folder: Path, names: Collection[str], holding: str) -> tupl
     Returns:
         The other run's folder and its result, of the latest where there are several; None where there is none. Costs two small files read for each run beside it.
     """
-    def about(each: Path) -> tuple:
-        status, parameters = read_status(each), read_object(each / PARAMETERS)
-        return (*(status.get(key) for key in ("notebook", "recipe", "data")), {name: value for name, value in parameters.items() if name not in names})
+    def about(each: Path, status: dict[str, Any]) -> tuple:
+        parameters = {name: value for name, value in read_object(each / PARAMETERS).items() if name not in names}
+        return (*(status.get(key) for key in ("notebook", "recipe", "data")), parameters)
 
-    own, found = about(folder), []
+    own = about(folder, read_status(folder))
     if own[0] is None:
         return None
+    found = []
     for file in folder.parent.glob(f"{Path(own[0]).stem}-*/{STATUS}"):
         other, status = file.parent, read_status(file.parent)
-        if other != folder and about(other) == own and status.get("state") == "done" and not _damage(other, status) and (other / holding).exists():
+        if other != folder and status.get("state") == "done" and about(other, status) == own and not _damage(other, status) and (other / holding).exists():
             found.append((str(status["started"]), other))
     if not found:
         return None

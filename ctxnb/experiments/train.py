@@ -681,6 +681,15 @@ def processes_of(s: TrainSettings, device: torch.device) -> int:
     return processes
 
 # %% ../../nbs/experiments/train.ipynb #b82b604c
+def _measure_and_save(job: Job, folder: Path) -> dict:
+    """Measure the chosen model, count the time, and write it to the run's folder."""
+    started = time.perf_counter()
+    losses = measure(job)
+    job.found.eval_seconds += time.perf_counter() - started
+    save_model(folder, job.model, job.text.store)
+    return losses
+
+
 def _train(
     s: TrainSettings, folder: Path, compile: bool | None, graph: bool | None, checkpoint_seconds: float, text: Text | None = None,
     store: TokenStore | None = None,
@@ -702,10 +711,7 @@ def _train(
         search(job)
 
     def report() -> TrainResult:
-        started = time.perf_counter()
-        losses = measure(job)
-        job.found.eval_seconds += time.perf_counter() - started
-        save_model(folder, job.model, text.store)
+        losses = _measure_and_save(job, folder)
         job.checkpoint.remove()
         return TrainResult(**losses, **describe(job))
 
@@ -718,14 +724,12 @@ TESTING = ("test_targets", "train_targets")  # settings that only the measuremen
 def _test_again(s: TrainSettings, trained: tuple[Path, dict], folder: Path, text: Text) -> TrainResult:
     """The result of a finished run, its model measured as these settings say."""
     before, earlier = trained
-    started = time.perf_counter()
     job = _open_job(s, folder, text, math.inf, graph=False)
     job.found.best_weights = AutoModelForCausalLM.from_pretrained(before / MODEL).state_dict()
+    job.found.eval_seconds = earlier["eval_seconds"]
     log.info("testing the model of %s", before.name)
-    losses = measure(job)
-    save_model(folder, job.model, text.store)
-    seconds = earlier["eval_seconds"] + time.perf_counter() - started
-    return TrainResult(**earlier | losses | {"eval_seconds": seconds, "trained_in": earlier.get("trained_in") or before.name})
+    losses = _measure_and_save(job, folder)
+    return TrainResult(**earlier | losses | {"eval_seconds": job.found.eval_seconds, "trained_in": earlier.get("trained_in") or before.name})
 
 # %% ../../nbs/experiments/train.ipynb #b82b6s1
 def train(
