@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ctxnb.batch.results import added_to
 from ctxnb.paths import write_atomic
 
 RESULTS = Path(__file__).resolve().parents[1] / "data/results"
@@ -57,11 +58,9 @@ def rows_of(report: dict) -> list[dict]:
 
 def add_rows(new: pd.DataFrame, file: Path, key: str) -> None:
     """Write a table with the rows of the one that is there, but those with the same `key` replaced."""
-    if file.is_file():
-        old = pd.read_parquet(file)
-        new = pd.concat([old[~old[key].isin(new[key])], new], ignore_index=True)
-    new.to_parquet(file, index=False)
-    print(f"{file}: {len(new)} rows")
+    table = added_to(file, new, key)
+    table.to_parquet(file, index=False)
+    print(f"{file}: {len(table)} rows")
 
 
 def keep_runs(archive: Path, file: Path) -> None:

@@ -488,6 +488,7 @@ def _this_command() -> str:
 @_grid
 @click.option("--format", type=click.Choice(["table", "csv", "parquet"]), help="Default: by the ending of -o, else table.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write (default: standard output).")
+@click.option("--add", is_flag=True, help="Keep the rows of the -o table (.parquet) whose runs are not finished here, such as another machine's.")
 @_only
 @_set
 @click.option("--where", metavar="CONDITION", help="Keep only rows such as \"loss < 2 and seed == 0\".")
@@ -496,17 +497,19 @@ def _this_command() -> str:
 @click.option("--on", default="", metavar="COLUMN[,COLUMN]",
               help="Columns by which --join finds the row that belongs (default: the grid's axes that both have).")
 @_runs
-def results(grid: Path, format: str | None, output: Path | None, only: dict, changes: dict, where: str | None, others: tuple[Path, ...],
-            on: str, runs_dir: Path | None) -> None:
+def results(grid: Path, format: str | None, output: Path | None, add: bool, only: dict, changes: dict, where: str | None,
+            others: tuple[Path, ...], on: str, runs_dir: Path | None) -> None:
     """Table of GRID's finished runs; columns are named as the parameters, the headline loss is `loss` (nats).
 
     Each row also says where it comes from: run, notebook, recipe, code, data, versions, hardware, start, duration and memory.
     What is not finished is named on standard error. A table without rows replaces no file, and ends with code 3.
     """
-    from ctxnb.batch.results import as_text, format_of, missing_of, results_table, rows_where, write_table  # pandas: not for `status`
+    from ctxnb.batch.results import added_to, as_text, format_of, missing_of, results_table, rows_where, write_table  # pandas: not for `status`
 
     planned = _plan(grid, runs_dir, only, changes=changes)
     format = format_of(output, format)
+    if add and (output is None or format != "parquet"):
+        raise GridError(f"--add: expected a Parquet table to add to, -o TABLE.parquet, not {output or 'the terminal'}")
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise GridError(f"-o {output}: " + ("is a folder" if output.is_dir() else f"folder {str(output.parent)!r} does not exist"))
     table, columns, axes = results_table(planned), [], list(planned.grid.axes)
@@ -519,6 +522,8 @@ def results(grid: Path, format: str | None, output: Path | None, only: dict, cha
         table = rows_where(table, where)
     if missing := missing_of(planned):
         click.echo(missing, err=True)
+    if add:
+        table = added_to(output, table)
     if output is None:
         click.echo(as_text(table, format, axes, columns), nl=False)
     else:

@@ -199,6 +199,10 @@ def test_results_formats(project):
     assert len(pd.read_csv(project.folder / "t.csv")) == 2
     assert "needs a file" in project("results", "--format", "parquet", expect=2)
     assert "does not exist" in project("results", "-o", str(project.folder / "no" / "t.csv"), expect=2)
+    table = project.folder / "t.parquet"
+    for seed in (0, 1, 1):
+        project("results", "-o", str(table), "--add", "--only", f"seed={seed}")
+    assert pd.read_parquet(table).seed.tolist() == [0, 1]
 
 
 def test_results_are_filtered_and_joined(project):

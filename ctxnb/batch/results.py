@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROVENANCE', 'FORMATS', 'results_table', 'missing_of', 'row_parameters', 'rows_where', 'joined', 'format_of',
-           'scalar_columns', 'as_text', 'write_table']
+           'scalar_columns', 'as_text', 'added_to', 'write_table']
 
 # %% ../../nbs/batch/results.ipynb #beb6f786
 import ast
@@ -300,6 +300,34 @@ def as_text(
     usual = ["loss_se", "block_loss", "dev_loss", "actual_epochs", "seconds", *(more or [])]
     return scalars[first + [n for n in dict.fromkeys(usual) if n in scalars and n not in first]].to_string(
         index=False, float_format=lambda v: f"{v:.4g}") + "\n"
+
+# %% ../../nbs/batch/results.ipynb #a3d7c1e2
+def added_to(
+    file: Path,
+    table: pd.DataFrame,
+    key: str = "run",
+) -> pd.DataFrame:
+    """A table and, before it, the rows that only the file has: those of another machine, or of an earlier day.
+
+    Args:
+        file: a Parquet table, which need not exist yet.
+        table: new rows; where both have a row, this one counts.
+        key: column that says which rows are the same.
+
+    Returns:
+        The rows of both.
+
+    Raises:
+        GridError: the file is no Parquet table, or has no column `key`.
+    """
+    if not file.is_file():
+        return table
+    try:
+        there = pd.read_parquet(file)
+        kept = there[~there[key].isin(table[key] if len(table) else [])]
+    except (OSError, ValueError, KeyError) as error:
+        raise GridError(f"{file}: rows can only be added to a Parquet table with a column {key!r} ({error})") from error
+    return pd.concat([kept, table], ignore_index=True)
 
 # %% ../../nbs/batch/results.ipynb #1c3c6482
 def write_table(
