@@ -231,6 +231,7 @@ def _loss_summary(targets: pd.DataFrame, measured: Measurement, store: TokenStor
         "loss_high": float(high),
         "bits_per_byte": loss / math.log(2) / store.bytes_per_token(split),
         "document": targets.document,
+        "document_id": [store.ids[i] for i in targets.document],
         "position": targets.position,
         "target_loss": measured.loss.astype(np.float32),
     }
@@ -347,7 +348,7 @@ def measure(
 
     Returns:
         `loss` (mean over targets, nats), `loss_se` (over documents), `loss_low` and `loss_high` (95 %, bootstrap over documents), `bits_per_byte`; lists
-        over targets: `document`, `position`, `target`, `target_text`, `target_recurs` (see `recurrence`), `target_loss`; `layers`; `eigenvalues` (flat,
+        over targets: `document`, `document_id`, `position`, `target`, `target_text`, `target_recurs` (see `recurrence`), `target_loss`; `layers`; `eigenvalues` (flat,
         a row of `features` numbers per layer); a list over layers for each value of `representation`; `position_visible`,
         `position_document_loss` (flat, a row per document of `position_documents`); `passage_text`, `passage_loss`; and what the run was.
 
