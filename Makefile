@@ -68,7 +68,7 @@ gpu-bundle: .venv/.ready  ## gather in gpu-bundle/ what `bash bench/gpu_pass.sh 
 	$(BIN)/python bench/gpu_bundle.py gpu-bundle
 
 # The same steps on this CPU at tiny sizes, in at most 3 minutes of an idle machine with two cores.
-gpu-rehearsal: .venv/.ready
+gpu-rehearsal: .venv/.ready  # tests/test_pass.py runs it too
 	$(BIN)/python bench/gpu_bundle.py gpu-bundle-rehearsal --no-wheels --no-data
 	PYTHON=$(BIN)/python bash bench/gpu_pass.sh gpu-bundle-rehearsal gpu-out-rehearsal 420 --rehearse
 	@rm -rf gpu-bundle-rehearsal gpu-out-rehearsal

@@ -128,6 +128,12 @@ def test_a_bare_machine_finds_what_the_bundle_holds(tmp_path):
     assert runs[0].equals(runs[1])  # none was made anew
 
 
+@pytest.mark.slow
+def test_every_step_of_the_pass_works_at_tiny_sizes():
+    done = subprocess.run(["make", "gpu-rehearsal"], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_pass_that_trained_nothing_has_no_model_to_measure(tmp_path, monkeypatch):
     take = script("gpu_pass")
     run = take.Pass(tmp_path, tmp_path, 0.0, rehearse=True, grid=tmp_path)
