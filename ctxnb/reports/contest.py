@@ -40,30 +40,32 @@ class Draws:
 
 
 def draw_losses(runs: pd.DataFrame, draws: int = 500, seed: int = 0) -> Draws:
-    """Draw the losses of a language anew, many times.
+    """Draw the losses of a language anew, many times: the seeds, alike for all amounts of text, and the noise of the targets.
 
     Args:
-        runs: one language: `train_tokens`, `context_length`, `seed`, `loss`, `error` (standard error over targets) and `bayes_risk`; every cell for every seed.
+        runs: one language: `train_tokens`, `context_length`, `seed`, `loss`, `error` (standard error over targets) and `bayes_risk`; every length for each text, that is amount and seed.
         draws: number of times.
         seed: of the random numbers.
 
     Returns:
-        The draws.
+        The draws. An amount of text that one seed has is drawn with the noise of the targets only.
 
     Raises:
-        ValueError: a cell is missing.
+        ValueError: a text lacks a length.
     """
-    cube = runs.pivot_table(index="seed", columns=["train_tokens", "context_length"], values=["loss", "error"])
     sizes, lengths = np.sort(runs.train_tokens.unique()), np.sort(runs.context_length.unique())
-    shape = (runs.seed.nunique(), len(sizes), len(lengths))
-    loss, error = cube["loss"].to_numpy(), cube["error"].to_numpy()
-    if loss.size != math.prod(shape) or np.isnan(loss).any():
-        raise ValueError(f"{int(np.isfinite(loss).sum())} cells: expected {math.prod(shape)}, every amount of text and length for every seed")
-    loss, error = loss.reshape(shape), error.reshape(shape).mean(0) / math.sqrt(shape[0])
+    cells, shape = pd.MultiIndex.from_product([sizes, lengths]), (-1, len(sizes), len(lengths))
+    loss, error = (runs.pivot(index="seed", columns=["train_tokens", "context_length"], values=name).reindex(columns=cells).to_numpy().reshape(shape) for name in ("loss", "error"))
+    there = np.isfinite(loss)
+    if there.sum() != (expected := there.any(2).sum() * len(lengths)):
+        raise ValueError(f"{there.sum()} cells: expected {expected}, every length for every text")
+    mean, error = np.nanmean(loss, 0), np.nanmean(error, 0) / np.sqrt(there.sum(0))
     rng = np.random.default_rng(seed)
-    drawn = loss[rng.integers(shape[0], size=(draws, shape[0]))].mean(1) + error * rng.standard_normal((draws, *shape[1:]))
+    texts = rng.integers(len(loss), size=(draws, len(loss)))
+    count = there[texts].sum(1)
+    drawn = np.where(count, np.nansum(loss[texts], 1) / np.maximum(count, 1), mean) + error * rng.standard_normal((draws, *mean.shape))
     risk = runs.groupby("context_length").bayes_risk.mean().sort_index().to_numpy()
-    return Draws(sizes, lengths, risk, np.concatenate([loss.mean(0)[None], drawn]))
+    return Draws(sizes, lengths, risk, np.concatenate([mean[None], drawn]))
 
 
 def summary(values: np.ndarray) -> tuple[float, float, float]:
