@@ -19,7 +19,7 @@ from ..theory.optimal_context import ContextLaw, critical_tokens
 # %% auto #0
 __all__ = ['LEAST_GAIN', 'FIRST', 'HORIZON', 'FIRST_LAWS', 'GOOD_COLLAPSE', 'CLEAR_AICC', 'Draws', 'draw_losses', 'summary',
            'cost_of_longest', 'growth_of_best', 'data_slope', 'switch_sizes', 'switch_exponent', 'verdict', 'risk_law',
-           'compare_laws_of_both', 'verdicts', 'what_neither_explains', 'longest_costs']
+           'compare_laws_of_both', 'verdicts', 'what_neither_explains', 'longest_costs', 'change_by_passes']
 
 # %% ../../nbs/reports/contest.ipynb #3274fffc
 @dataclass(frozen=True, eq=False)
@@ -274,6 +274,13 @@ def what_neither_explains(table: pd.DataFrame) -> pd.DataFrame:
     return refuted[refuted.language.isin(both.index[both == table.theory.nunique()])]
 
 # %% ../../nbs/reports/contest.ipynb #6bbdd1e1
+def _above(run: pd.Series, other: pd.Series) -> tuple[float, float, float]:
+    """Loss of a run less that of another on the same targets, nats per token, with the ends of its 95 % interval over documents."""
+    difference, means = run.loss - other.loss, run.document_loss - other.document_loss
+    _, (half,) = paired_interval(np.array([[difference]]), by_document(means, run.document_targets)[:, None])
+    return difference, difference - half, difference + half
+
+
 def longest_costs(runs: pd.DataFrame) -> pd.DataFrame:
     """What the longest context costs above the best one, for each amount of text and seed, paired by document.
 
@@ -286,7 +293,24 @@ def longest_costs(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (D, seed), part in runs.groupby(["train_tokens", "seed"]):
         best, longest = part.loc[part.loss.idxmin()], part.loc[part.context_length.idxmax()]
-        cost, means = longest.loss - best.loss, longest.document_loss - best.document_loss
-        _, (half,) = paired_interval(np.array([[cost]]), by_document(means, best.document_targets)[:, None])
-        rows.append((D, seed, len(part), best.context_length, longest.context_length, cost, cost - half, cost + half))
+        rows.append((D, seed, len(part), best.context_length, longest.context_length, *_above(longest, best)))
     return pd.DataFrame(rows, columns=["D", "seed", "lengths", "best", "longest", "cost", "low", "high"])
+
+
+def change_by_passes(runs: pd.DataFrame, longer: pd.DataFrame) -> pd.DataFrame:
+    """What more passes over the same text change in the loss, paired by document.
+
+    Args:
+        runs: training runs on one text, see `longest_costs`, with `chosen_epochs` and `schedule_bound`.
+        longer: some of them again, with more passes on offer.
+
+    Returns:
+        A row for each of `longer`: `D`, `seed`, `context_length`, `before` and `passes` (chosen), `bound` (took the most on offer), `loss`, and its `change` (nats per token) with
+        the 95 % interval over documents, `low` to `high`.
+    """
+    key, rows = ["train_tokens", "seed", "context_length"], []
+    earlier = runs.set_index(key)
+    for _, run in longer.sort_values(key).iterrows():
+        first = earlier.loc[tuple(run[key])]
+        rows.append((*run[key], first.chosen_epochs, run.chosen_epochs, run.schedule_bound, run.loss, *_above(run, first)))
+    return pd.DataFrame(rows, columns=["D", "seed", "context_length", "before", "passes", "bound", "loss", "change", "low", "high"])
