@@ -160,6 +160,7 @@ def test_built_corpus():
     table = pq.read_table(BUILT).to_pydict()
     assert prose.text_sha256(table["text"]) == prose.PROSE_SHA256
     assert len(set(table["id"])) == len(table["id"]) == 700
+    assert (ROOT / "data/prose/documents.csv").read_text().splitlines() == ["id", *table["id"]]
     assert all(text == prose.tidy(text) for text in table["text"])
     long = collections.Counter(part for text in table["text"] for part in text.split("\n\n") if len(part) >= 200)
     assert max(long.values()) == 1

@@ -167,12 +167,12 @@ def falls_by_group(losses: Losses, group: Sequence[str], resamples: int = 2000, 
 
     Returns:
         A row for each group and step, groups in their order: `group`, `documents`, `shorter`, `longer` (tokens), `fall` (nats, above zero where the loss falls) and the
-        ends of its 95 % interval over documents, `low` and `high`.
+        ends of its 95 % interval over documents, `low` and `high`, NaN for a single document.
     """
     group, rows, l = np.asarray(group), [], losses.context_length
     for name in dict.fromkeys(group):
         falls = -np.diff(losses.by_document[group == name], axis=1)
-        low, high = percentile_interval(resample_means(falls, resamples, seed))
+        low, high = percentile_interval(resample_means(falls, resamples, seed)) if len(falls) > 1 else np.full((2, falls.shape[1]), np.nan)
         rows += [(name, len(falls), a, b, *values) for a, b, *values in zip(l, l[1:], falls.mean(0), low, high)]
     return pd.DataFrame(rows, columns=["group", "documents", "shorter", "longer", "fall", "low", "high"])
 
