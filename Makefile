@@ -52,7 +52,7 @@ test: .venv/.ready  ## run the notebooks and the fast tests
 
 test-rest: .venv/.ready  # what `make test` leaves out; a GPU's tests skip without one
 	$(NOTEBOOKS) --flags slow --skip_folder_re '^[_.]|^results$$' --file_re '^($(SLOW_NOTEBOOKS))\.ipynb$$'
-	$(PYTEST) -m "not fast" -n 2 --dist loadfile $(COVERAGE)
+	$(PYTEST) -m "not fast" $(COVERAGE)  # one after another: they start processes of their own, and two workers took as long
 
 test-all: test test-rest  ## run everything: also slow tests, Slurm, browser, mounts (see test-system-deps)
 
