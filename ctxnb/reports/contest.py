@@ -12,14 +12,15 @@ import numpy as np
 import pandas as pd
 
 from .train import by_document, paired_interval
-from ..stats.fitting import fit_joint, fit_law
+from ..stats.fitting import cells_of, check_runs, fit_joint, fit_law, lack_of_fit
 from ..theory.horizon import collapse_residue, data_exponent
 from ..theory.optimal_context import ContextLaw, critical_tokens
 
 # %% auto #0
-__all__ = ['LEAST_GAIN', 'FIRST', 'HORIZON', 'FIRST_LAWS', 'GOOD_COLLAPSE', 'CLEAR_AICC', 'Draws', 'draw_losses', 'summary',
-           'cost_of_longest', 'growth_of_best', 'data_slope', 'switch_sizes', 'switch_exponent', 'verdict', 'risk_law',
-           'compare_laws_of_both', 'verdicts', 'what_neither_explains', 'longest_costs', 'change_by_passes']
+__all__ = ['LEAST_GAIN', 'FIRST', 'HORIZON', 'FIRST_LAWS', 'LAWS', 'GOOD_COLLAPSE', 'CLEAR_AICC', 'ABOVE_ZERO', 'Draws',
+           'draw_losses', 'summary', 'cost_of_longest', 'growth_of_best', 'data_slope', 'switch_sizes',
+           'switch_exponent', 'verdict', 'risk_law', 'compare_laws_of_both', 'law_fits', 'verdicts',
+           'what_neither_explains', 'longest_costs', 'change_by_passes']
 
 # %% ../../nbs/reports/contest.ipynb #3274fffc
 @dataclass(frozen=True, eq=False)
@@ -143,7 +144,9 @@ def switch_exponent(draws: Draws) -> np.ndarray:
 # %% ../../nbs/reports/contest.ipynb #f1e2aa2a
 FIRST, HORIZON = "dimension", "horizon"
 FIRST_LAWS = ("dimension", "exponent", "amplitude")
+LAWS = (HORIZON, "finite", *FIRST_LAWS, "constant")
 GOOD_COLLAPSE, CLEAR_AICC = 0.05, 10.0
+ABOVE_ZERO = math.ulp(0.0)  # the least number above 0: where the longest context is the best one, it costs exactly 0
 
 
 def verdict(low: float, high: float, least: float = -math.inf, most: float = math.inf) -> str:
@@ -202,6 +205,26 @@ def compare_laws_of_both(runs: pd.DataFrame) -> tuple[dict, float]:
     fits = {law: fit_joint(runs[["context_length", "train_tokens", "seed", "loss"]], law, resamples=200 if law == HORIZON else 0) for law in (*FIRST_LAWS, HORIZON)}
     return fits, min(fits[law].aicc for law in FIRST_LAWS) - fits[HORIZON].aicc
 
+# %% ../../nbs/reports/contest.ipynb #c0ffee11
+def law_fits(runs: pd.DataFrame) -> pd.DataFrame:
+    """Fit every law of both theories to the losses of a language.
+
+    Args:
+        runs: of one language and learner, see `draw_losses`.
+
+    Returns:
+        A row for each law: `law`, `aicc` above that of the best one, `miss` (root mean square of the residuals, nats), and `p` of its lack of fit: how often texts alone would scatter as
+        much as the law misses; NaN where no amount of text has two.
+    """
+    runs, rows = runs[["context_length", "train_tokens", "seed", "loss"]], []
+    cells = cells_of(check_runs(runs))
+    for law in LAWS:
+        fit = fit_joint(runs, law, resamples=0)
+        _, p = lack_of_fit(fit, cells)
+        rows.append((law, fit.aicc, float(np.sqrt(np.mean(fit.residuals**2))), p))
+    rows = pd.DataFrame(rows, columns=["law", "aicc", "miss", "p"])
+    return rows.assign(aicc=rows.aicc - rows.aicc.min())
+
 # %% ../../nbs/reports/contest.ipynb #94ca63ca
 def _first_theory(draws: Draws, fits: dict, aicc: float) -> list[dict]:
     """Rows of the theory in which too long a context costs something."""
@@ -215,8 +238,8 @@ def _first_theory(draws: Draws, fits: dict, aicc: float) -> list[dict]:
     untested = math.isnan(critical) or (critical > largest and first == math.inf)  # a D_c beyond the table
     reached = min([float(D) for D in draws.train_tokens if D >= critical], default=critical)  # first size at which it should show
     return [
-        _row(FIRST, f"cost of l = {draws.lengths[-1]} with the least text (nats)", "above 0", *summary(cost_of_longest(draws)), 0.0, math.inf),
-        _row(FIRST, "growth of the best length, d ln l* / d ln D", "above 0", *summary(growth_of_best(draws)), 0.0, math.inf),
+        _row(FIRST, f"cost of l = {draws.lengths[-1]} with the least text (nats)", "above 0", *summary(cost_of_longest(draws)), ABOVE_ZERO, math.inf),
+        _row(FIRST, "growth of the best length, d ln l* / d ln D", "above 0", *summary(growth_of_best(draws)), ABOVE_ZERO, math.inf),
         _row(FIRST, "AICc of its best law above the horizon's", "below 0", aicc, aicc - CLEAR_AICC, aicc + CLEAR_AICC, -math.inf, 0.0),
         _row(FIRST, "D from which the longest context is best", "no law" if math.isnan(critical) else f"at most {critical:.3g}", first, *[math.nan if untested else first] * 2,
              -math.inf, math.nan if math.isnan(critical) else reached),
