@@ -125,27 +125,29 @@ def _pass(model, ids: torch.Tensor, layers: tuple[int, ...], size: int, position
     # the position that has seen i visible tokens predicts token i of the window
     asked = torch.from_numpy(np.append(positions, read - shift) - 1 + shift).to(device)
     covariances: dict[int, StreamingCovariance] = {}
-    losses, features = [], {layer: [] for layer in layers}
+    # Written in place: small tensors that outlive their batch, one each, would pin the heap around its logits, and memory would grow by a batch's logits each time.
+    loss, features = torch.empty(len(ids), len(asked)), {}
     started = time.perf_counter()
     with torch.inference_mode(), _last_states(model, layers) as states:
-        for part in ids.split(size):
-            part = part.to(device, non_blocking=True)
+        for first in range(0, len(ids), size):
+            rows = slice(first, first + size)
+            part = ids[rows].to(device, non_blocking=True)
             logits = model(input_ids=part[:, :-1], use_cache=False, logits_to_keep=asked).logits
             wanted = part[:, asked + 1].to(logits.device)
-            losses.append(F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape))
+            loss[rows] = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
             for layer in layers:
                 state = states.pop(layer)
                 if layer not in covariances:
                     covariances[layer] = StreamingCovariance(state.shape[1], state.device)
                 covariances[layer].update(state)
                 if keep_features:
-                    features[layer].append(state.float().to("cpu", non_blocking=True))
-        loss = torch.cat(losses).double().cpu().numpy()  # waits for the device
+                    features.setdefault(layer, torch.empty(len(ids), state.shape[1]))[rows] = state
+        loss = loss.double().numpy()
     enough = len(ids) > 1
     spectra = [covariances[layer].eigenvalues() for layer in layers] if enough else []
     return Measurement(
         loss=loss[:, -1], layers=layers, eigenvalues=np.array(spectra), positions=positions, position_loss=loss[:, :-1],
-        features={layer: torch.cat(parts).numpy() for layer, parts in features.items() if parts}, batch=size,
+        features={layer: values.numpy() for layer, values in features.items()}, batch=size,
         seconds=time.perf_counter() - started,
     )
 
