@@ -126,7 +126,7 @@ def _pass(model, ids: torch.Tensor, layers: tuple[int, ...], size: int, position
     asked = torch.from_numpy(np.append(positions, read - shift) - 1 + shift).to(device)
     covariances: dict[int, StreamingCovariance] = {}
     # Written in place: small tensors that outlive their batch, one each, would pin the heap around its logits, and memory would grow by a batch's logits each time.
-    loss, features = torch.empty(len(ids), len(asked)), {}
+    loss, features = torch.empty(len(ids), len(asked), device=device), {}
     started = time.perf_counter()
     with torch.inference_mode(), _last_states(model, layers) as states:
         for first in range(0, len(ids), size):
@@ -139,10 +139,12 @@ def _pass(model, ids: torch.Tensor, layers: tuple[int, ...], size: int, position
                 state = states.pop(layer)
                 if layer not in covariances:
                     covariances[layer] = StreamingCovariance(state.shape[1], state.device)
+                    if keep_features:
+                        features[layer] = torch.empty(len(ids), state.shape[1], pin_memory=device.type == "cuda")
                 covariances[layer].update(state)
                 if keep_features:
-                    features.setdefault(layer, torch.empty(len(ids), state.shape[1]))[rows] = state
-        loss = loss.double().numpy()
+                    features[layer][rows].copy_(state.float(), non_blocking=True)
+        loss = loss.double().cpu().numpy()  # waits for the device
     enough = len(ids) > 1
     spectra = [covariances[layer].eigenvalues() for layer in layers] if enough else []
     return Measurement(
