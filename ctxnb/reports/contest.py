@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,10 +18,10 @@ from ..theory.horizon import collapse_residue, data_exponent
 from ..theory.optimal_context import ContextLaw, critical_tokens
 
 # %% auto #0
-__all__ = ['LEAST_GAIN', 'FIRST', 'HORIZON', 'FIRST_LAWS', 'LAWS', 'GOOD_COLLAPSE', 'CLEAR_AICC', 'ABOVE_ZERO', 'Draws',
+__all__ = ['LEAST_GAIN', 'FIRST', 'HORIZON', 'FIRST_LAWS', 'LAWS', 'GOOD_COLLAPSE', 'CLEAR_AICC', 'ABOVE_ZERO', 'GRIDS', 'Draws',
            'draw_losses', 'summary', 'cost_of_longest', 'growth_of_best', 'data_slope', 'switch_sizes',
            'switch_exponent', 'verdict', 'risk_law', 'compare_laws_of_both', 'law_fits', 'verdicts',
-           'what_neither_explains', 'longest_costs', 'change_by_passes']
+           'what_neither_explains', 'contest_runs', 'settle', 'longest_costs', 'change_by_passes']
 
 # %% ../../nbs/reports/contest.ipynb #3274fffc
 @dataclass(frozen=True, eq=False)
@@ -296,6 +297,35 @@ def what_neither_explains(table: pd.DataFrame) -> pd.DataFrame:
     both = refuted.groupby("language").theory.nunique()
     return refuted[refuted.language.isin(both.index[both == table.theory.nunique()])]
 
+# %% ../../nbs/reports/contest.ipynb #c0ffee21
+GRIDS = {"contest_clocks": False, "contest_copy": False, "contest_hierarchy_fast": False, "contest_longer": True, "contest_longer_more": True}  # whether it trains again, with more passes
+
+
+def contest_runs(tables: Path) -> pd.DataFrame:
+    """Read the training runs of the contest.
+
+    Args:
+        tables: folder of results tables.
+
+    Returns:
+        A row for each run, with its `language` and whether it is one with `more_passes`.
+    """
+    runs = pd.concat([pd.read_parquet(tables / f"{grid}-standard.parquet").assign(more_passes=more) for grid, more in GRIDS.items()], ignore_index=True)
+    return runs.assign(language=runs.corpus.str.extract(r"language-(.+)\.parquet")[0])
+
+
+def settle(runs: pd.DataFrame) -> pd.DataFrame:
+    """Keep the texts with every length; of an amount of text that was trained with more passes, those runs alone.
+
+    Args:
+        runs: `language`, `train_tokens`, `seed`, `context_length` and `more_passes`.
+
+    Returns:
+        Those rows.
+    """
+    whole = runs.groupby(["language", "train_tokens", "seed", "more_passes"]).filter(lambda text: len(text) == runs.context_length.nunique())
+    return whole[whole.more_passes == whole.groupby(["language", "train_tokens"]).more_passes.transform("max")]
+
 # %% ../../nbs/reports/contest.ipynb #6bbdd1e1
 def _above(run: pd.Series, other: pd.Series) -> tuple[float, float, float]:
     """Loss of a run less that of another on the same targets, nats per token, with the ends of its 95 % interval over documents."""
@@ -305,35 +335,35 @@ def _above(run: pd.Series, other: pd.Series) -> tuple[float, float, float]:
 
 
 def longest_costs(runs: pd.DataFrame) -> pd.DataFrame:
-    """What the longest context costs above the best one, for each amount of text and seed, paired by document.
+    """What the longest context costs above the best one, for each text, paired by document.
 
     Args:
-        runs: training runs on one text: `train_tokens`, `seed`, `context_length`, `loss`, `document_loss` and `document_targets`.
+        runs: training runs: `language`, `train_tokens`, `seed`, `context_length`, `loss`, `document_loss` and `document_targets`.
 
     Returns:
-        A row for each amount and seed: `D`, `seed`, `lengths` (their number), `best` and `longest` length, `cost` (nats per token) with its 95 % interval over documents, `low` to `high`.
+        A row for each text: `language`, `D`, `seed`, `lengths` (their number), `best` and `longest` length, `cost` (nats per token) with its 95 % interval over documents, `low` to `high`.
     """
     rows = []
-    for (D, seed), part in runs.groupby(["train_tokens", "seed"]):
+    for text, part in runs.groupby(["language", "train_tokens", "seed"]):
         best, longest = part.loc[part.loss.idxmin()], part.loc[part.context_length.idxmax()]
-        rows.append((D, seed, len(part), best.context_length, longest.context_length, *_above(longest, best)))
-    return pd.DataFrame(rows, columns=["D", "seed", "lengths", "best", "longest", "cost", "low", "high"])
+        rows.append((*text, len(part), best.context_length, longest.context_length, *_above(longest, best)))
+    return pd.DataFrame(rows, columns=["language", "D", "seed", "lengths", "best", "longest", "cost", "low", "high"])
 
 
 def change_by_passes(runs: pd.DataFrame, longer: pd.DataFrame) -> pd.DataFrame:
     """What more passes over the same text change in the loss, paired by document.
 
     Args:
-        runs: training runs on one text, see `longest_costs`, with `chosen_epochs` and `schedule_bound`.
+        runs: training runs, see `longest_costs`, with `chosen_epochs` and `schedule_bound`.
         longer: some of them again, with more passes on offer.
 
     Returns:
-        A row for each of `longer`: `D`, `seed`, `context_length`, `before` and `passes` (chosen), `bound` (took the most on offer), `loss`, and its `change` (nats per token) with
+        A row for each of `longer`: `language`, `D`, `seed`, `context_length`, `before` and `passes` (chosen), `bound` (took the most on offer), `loss`, and its `change` (nats per token) with
         the 95 % interval over documents, `low` to `high`.
     """
-    key, rows = ["train_tokens", "seed", "context_length"], []
+    key, rows = ["language", "train_tokens", "seed", "context_length"], []
     earlier = runs.set_index(key)
     for _, run in longer.sort_values(key).iterrows():
         first = earlier.loc[tuple(run[key])]
         rows.append((*run[key], first.chosen_epochs, run.chosen_epochs, run.schedule_bound, run.loss, *_above(run, first)))
-    return pd.DataFrame(rows, columns=["D", "seed", "context_length", "before", "passes", "bound", "loss", "change", "low", "high"])
+    return pd.DataFrame(rows, columns=["language", "D", "seed", "context_length", "before", "passes", "bound", "loss", "change", "low", "high"])
