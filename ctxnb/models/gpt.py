@@ -93,7 +93,17 @@ def gpt(config: NemotronConfig, seed: int) -> NemotronForCausalLM:
 
 # %% ../../nbs/models/gpt.ipynb #5f2dc561
 CAUSAL_ATTENTION = "causal"
-AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
+
+
+def _causal_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **more) -> tuple[torch.Tensor, None]:
+    """PyTorch's fused attention; on a CPU in float32, since its backward pass in bfloat16 takes up to 17 times as long (PyTorch 2.13)."""
+    if query.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **more)
+    return sdpa_attention_forward(module, query, key, value, mask, **more)
+
+
+AttentionInterface.register(CAUSAL_ATTENTION, _causal_attention)
 
 
 def without_mask(model: NemotronForCausalLM) -> NemotronForCausalLM:

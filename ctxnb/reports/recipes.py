@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipe_name', 'read_recipes', 'whole', 'coverage', 'one_model', 'valley', 'plot_recipes', 'recipe_colours',
            'split_by_recipe', 'plot_split', 'cost_by_budget', 'paired_difference', 'cost_with_data', 'by_tokens_seen',
-           'chosen_on_dev', 'plot_sizes', 'memory_gap', 'plot_memory']
+           'by_step', 'chosen_on_dev', 'plot_sizes', 'memory_gap', 'plot_memory']
 
 # %% ../../nbs/reports/recipes.ipynb #705e76f0
 from collections.abc import Sequence
@@ -300,6 +300,19 @@ def by_tokens_seen(runs: pd.DataFrame) -> pd.DataFrame:
     plain = runs[(runs.candidates.map(len) == 1) & (runs.blocks != "mixed")]
     names = [_of_model(row.model, f"dropout {row.chosen_dropout:g}, {row.tokens_seen / 1e6:.1f} M tokens seen") for row in plain.itertuples()]
     return plain.assign(recipe_name=names).drop_duplicates(["recipe_name", "train_tokens", "context_length", "seed"])
+
+
+def by_step(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs named by what a step holds, once by its tokens and once by its windows, so that two lengths can be compared with either equal.
+
+    Args:
+        runs: training runs of blocks of one length, with `tokens_per_step`.
+
+    Returns:
+        Each run twice, with the columns `windows` (of a step) and `recipe_name` ("1,024 tokens a step" and "64 windows a step").
+    """
+    runs = runs.assign(windows=runs.tokens_per_step // runs.context_length)
+    return pd.concat([runs.assign(recipe_name=[f"{n:,} {unit} a step" for n in runs[column]]) for unit, column in {"tokens": "tokens_per_step", "windows": "windows"}.items()], ignore_index=True)
 
 # %% ../../nbs/reports/recipes.ipynb #98191ddd
 def chosen_on_dev(runs: pd.DataFrame) -> pd.DataFrame:
