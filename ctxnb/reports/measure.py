@@ -299,7 +299,7 @@ def plot_gains(losses: Losses, pairs: Sequence[tuple[int, int]]) -> Figure:
     return fig
 
 # %% ../../nbs/reports/measure.ipynb #94d240c9
-TOP_SUMS = (3, 10, 30, 100, 200, 300, 500, 1000, 2000)  # as published; those beyond the rank of the features are left out
+TOP_SUMS = (3, 10, 30, 100, 200, 300, 500, 1000, 2000)  # 3 to 2,000, as in the article; those beyond the rank of the features are left out
 RIVALS = {"ln l": np.log, "-l^-0.25": lambda l: -(l**-0.25), "-l^-0.5": lambda l: -(l**-0.5), "-l^-1": lambda l: -(l**-1.0)}
 ESTIMATES = {
     "twonn_dimension": "TwoNN dimension", "levina_bickel_dimension": "Levina-Bickel dimension",
