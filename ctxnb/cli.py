@@ -555,7 +555,7 @@ def _with_join(table, other: Path, on: str, planned: Plan):
     if table.empty:
         return table
     both = joined(table, beside, columns, other.stem)
-    partners = int(both[columns].merge(beside[columns].drop_duplicates(), on=columns, how="left", indicator=True)["_merge"].eq("both").sum())
+    partners = int(pd.MultiIndex.from_frame(both[columns]).isin(pd.MultiIndex.from_frame(beside[columns])).sum())
     click.echo(f"--join {other}: {partners} of {len(both)} rows found a partner", err=True)
     return both
 
