@@ -392,8 +392,9 @@ def loss_against(losses: Losses, table: pd.DataFrame, least: int = 4) -> pd.Data
 
     Returns:
         A row per property, those with the smallest residual first: `lengths` (that it is defined at), `r`, `r_low`, `r_high`,
-        `slope`, `slope_low`, `slope_high` (nats per unit), `residual` (nats), `rival` (the best rival's residual at the same lengths) and
-        `wins` (share of document resamples in which the property's residual is below the best rival's).
+        `slope`, `slope_low`, `slope_high` (nats per unit), `residual` (nats), `rival` (the best rival's residual at the same lengths),
+        `wins` (share of document resamples in which the property's residual is below the best rival's), `beats` (that share is at
+        least 95 %) and `is_rival` (it is a function of the length only).
     """
     rows = []
     for name in table:
@@ -405,9 +406,10 @@ def loss_against(losses: Losses, table: pd.DataFrame, least: int = 4) -> pd.Data
         r, slope, residual = _lines(x[defined], curves)
         against = np.min([_lines(table[rival].to_numpy()[defined], curves)[2] for rival in RIVALS if rival != name], axis=0)
         (r_low, r_high), (s_low, s_high) = (percentile_interval(values[1:], 0.95) for values in (r, slope))
+        wins = (residual[1:] < against[1:]).mean()
         rows.append({"property": name, "lengths": int(defined.sum()), "r": r[0], "r_low": r_low, "r_high": r_high, "slope": slope[0],
                      "slope_low": s_low, "slope_high": s_high, "residual": residual[0], "rival": against[0],
-                     "wins": (residual[1:] < against[1:]).mean()})
+                     "wins": wins, "beats": wins >= 0.95, "is_rival": name in RIVALS})
     return pd.DataFrame(rows).set_index("property").sort_values("residual")
 
 # %% ../../nbs/reports/measure.ipynb #2ff9f97d
