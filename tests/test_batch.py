@@ -303,7 +303,7 @@ def test_the_users_resources_go_before_the_grids(project):
 
 def test_papermills_own_command_records_the_same_result(tmp_path):
     """One cell of the training grid, tiny: by papermill's command line and by `ctxnb one`."""
-    tiny = dict(context_length=4, train_tokens=4000, layers=1, heads=1, width=8, tokens_per_step=64, max_context=8, dev_targets=1, test_targets=1, device="cpu")
+    tiny = dict(context_length=4, train_tokens=4000, layers=1, heads=1, width=8, tokens_per_step=64, max_context=8, dev_targets=1, test_targets=1, device="cpu", precision="float32")
     template = Path(__file__).parents[1] / "nbs" / "runs" / "train.ipynb"
     papermill = Path(sys.executable).with_name("papermill")
     arguments = [text for name, value in tiny.items() for text in ("-p", name, str(value))]
