@@ -353,8 +353,12 @@ def plot_sizes(chosen: pd.DataFrame, counts: pd.DataFrame, unit: str = "token") 
     """
     sizes, lengths = sorted(chosen.train_tokens.unique()), np.sort(chosen.context_length.unique())
     order = list(chosen.groupby("model").parameters.first().sort_values().index)
-    figure, axes = plt.subplots(1, len(sizes), figsize=(3 * len(sizes), 3.6), layout="constrained", squeeze=False)
-    for axis, size in zip(axes[0], sizes):
+    columns = min(3, len(sizes))
+    rows = -(-len(sizes) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 0.6 + 3 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(sizes):]:
+        axis.remove()
+    for axis, size in zip(axes.flat, sizes):
         here = chosen[chosen.train_tokens == size]
         counted = counts[(counts.train_tokens == size) & counts.context_length.isin(lengths) & counts.seed.isin(here.seed)].groupby("context_length").loss.mean()
         axis.plot(counted.index, counted, color="0.4", ls="--", label="Kneser-Ney")
@@ -365,7 +369,8 @@ def plot_sizes(chosen: pd.DataFrame, counts: pd.DataFrame, unit: str = "token") 
             axis.plot(part.context_length, part.loss, "o", ms=4, color=colour)
         context_axis(axis, lengths, f"context length (visible {unit}s)")
         axis.set_title(f"D = {size:,}")
-    axes[0, 0].set_ylabel(f"cross-entropy (nats per {unit})")
+    for axis in axes[:, 0]:
+        axis.set_ylabel(f"cross-entropy (nats per {unit})")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside lower center", ncols=4)
     sns.despine(figure)
     return figure
