@@ -21,7 +21,7 @@ SITE = ROOT / "site"
 WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
 SINGLE_RUNS = 2  # pages of single runs differ in numbers only: so many of them are opened
 GALLERY = "reference/gallery.html"  # all figures, small
-pytestmark = pytest.mark.system("chromium")  # about 50 s: each page is loaded twice
+pytestmark = pytest.mark.system("chromium")  # a minute or two: each page is loaded, and looked at in two widths
 
 LOOK = r"""async () => {
     await window.MathJax?.startup?.promise;
@@ -91,24 +91,27 @@ def browser():
 
 @pytest.fixture(scope="module")
 def visits(browser) -> list[Visit]:
-    """Every page at both widths, opened once for all tests of this file."""
-    return [visit for width in WIDTHS for visit in tour(browser, width)]
-
-
-def tour(browser, width: str) -> list[Visit]:
+    """Every page at both widths, opened once for all tests of this file and made narrower there."""
     visits = []
-    x, y = WIDTHS[width]
-    with browser.new_context(viewport={"width": x, "height": y}, offline=True) as context:
+    with browser.new_context(offline=True) as context:
         tab = context.new_page()
         tab.on("console", lambda message: visits[-1].errors.append(message.text) if message.type == "error" else None)
         tab.on("pageerror", lambda error: visits[-1].errors.append(str(error)))
         tab.on("requestfailed", lambda request: visits[-1].errors.append(f"not loaded: {request.url}"))
         tab.on("request", lambda request: visits[-1].outside.append(request.url) if is_outside(request.url) else None)
         for page in pages():
-            visits.append(Visit(page, width))
-            tab.goto((SITE / page).as_uri())
-            visits[-1].found = tab.evaluate(LOOK)
+            for width, (x, y) in WIDTHS.items():
+                tab.set_viewport_size({"width": x, "height": y})
+                visits.append(Visit(page, width))
+                if width == "desk":
+                    tab.goto((SITE / page).as_uri())
+                visits[-1].found = tab.evaluate(LOOK)
     return visits
+
+
+def parsed(page: str) -> BeautifulSoup:
+    """A page of the site; takes .1 s."""
+    return BeautifulSoup((SITE / page).read_text(encoding="utf-8"), "html.parser")
 
 
 def is_outside(url: str) -> bool:
@@ -184,8 +187,8 @@ def test_labels_of_an_axis_stand_apart(visits):
 def test_figures_are_numbered_by_page_and_lead_to_their_file():
     """Each page begins with Fig. 1, and a click on a figure opens it alone."""
     numbered = 0
-    for page in (page for page in pages() if page != GALLERY):
-        figures = BeautifulSoup((SITE / page).read_text(encoding="utf-8"), "html.parser").select("main figure")
+    for page in (page for page in pages() if page != GALLERY and "<figure" in (SITE / page).read_text(encoding="utf-8")):
+        figures = parsed(page).select("main figure")
         found = [caption.get_text(strip=True) for figure in figures for caption in figure.select("span.caption-number")]
         assert found == [f"Fig. {i}" for i in range(1, len(found) + 1)], page
         numbered += len(found)
@@ -203,8 +206,8 @@ def test_a_chapter_shows_its_figure_within_two_screens(visits):
 def test_words_come_before_code():
     """A page of the notebooks begins with a sentence and not with imports; templates are code from their parameters on."""
     for page in pages():
-        article = BeautifulSoup((SITE / page).read_text(encoding="utf-8"), "html.parser").select_one("article.bd-article")
         if (ROOT / "nbs" / page).with_suffix(".ipynb").is_file() and not page.startswith("runs/"):
+            article = parsed(page).select_one("article.bd-article")
             parts = article.select("div.cell_input, section p, section li, figure")
             first = next(part for part in parts if not part.find_parent(["blockquote", "details", "figcaption"]) and not part.find_parent("div", class_="origin"))
             assert first.name != "div", page
@@ -231,7 +234,7 @@ def test_a_folded_table_shows_its_best_rows(browser):
 
 def test_no_description_is_an_empty_list():
     """`levels: L.` in a docstring says what L is; reST would begin a list with it."""
-    empty = [page for page in pages() if page.startswith("api/") for item in BeautifulSoup((SITE / page).read_text(encoding="utf-8"), "html.parser").select("main dd ol li") if not item.get_text(strip=True)]
+    empty = [page for page in pages() if page.startswith("api/") for item in parsed(page).select("main dd ol li") if not item.get_text(strip=True)]
     none(empty)
 
 
@@ -267,7 +270,7 @@ def test_titles_are_unique_and_found_first(visits, browser):
 
 def rows_of(page: str) -> list[list[str]]:
     """The cells of all rows of the tables of a page."""
-    soup = BeautifulSoup((SITE / page).read_text(encoding="utf-8"), "html.parser")
+    soup = parsed(page)
     return [[cell.get_text(" ", strip=True) for cell in row.find_all("td")] for row in soup.select("main tr") if row.find("td")]
 
 

@@ -55,8 +55,10 @@ def test_a_stopped_run_of_two_processes_is_interrupted(grid, how):
             time.sleep(0.1)
         members = psutil.Process(launcher.pid).children(recursive=True)
         if job:
-            for process in (member for member in members if "forkserver" in " ".join(member.cmdline()) or "spawn" in " ".join(member.cmdline())):
-                process.send_signal(signal.SIGTERM)
+            for member in members:
+                command = " ".join(member.as_dict(["cmdline"])["cmdline"] or [])  # none of one that has ended, and waits for its parent
+                if "forkserver" in command or "spawn" in command:
+                    member.send_signal(signal.SIGTERM)
         else:
             os.killpg(launcher.pid, signal.SIGINT)
         out, err = launcher.communicate(timeout=120)
