@@ -280,6 +280,9 @@ def _fit_laws(runs: pd.DataFrame, forms: Sequence[str] | None) -> tuple[dict[str
     """Fit of each law that the cells can carry, and its Akaike weight."""
     cells = len(runs[["context_length", "train_tokens"]].drop_duplicates())
     names = [name for name in forms or JOINT_LAWS if cells >= len(JOINT_LAWS[name].names) + MIN_SPARE_CELLS]
+    if not names:
+        least = min(len(JOINT_LAWS[name].names) for name in forms or JOINT_LAWS) + MIN_SPARE_CELLS
+        raise Refusal(f"{cells} cells (context_length, train_tokens) are too few to fit {' or '.join(forms or JOINT_LAWS)}: at least {least} are needed")
     try:
         fits = {name: fit_joint(runs, name, resamples=0) for name in names}
     except ValueError as error:
