@@ -21,7 +21,7 @@ SITE = ROOT / "site"
 WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
 SINGLE_RUNS = 2  # pages of single runs differ in numbers only: so many of them are opened
 GALLERY = "reference/gallery.html"  # all figures, small
-pytestmark = pytest.mark.system("chromium")  # a minute or two: each page is loaded, and looked at in two widths
+pytestmark = pytest.mark.system("chromium")  # a minute or two: each page is loaded twice
 
 LOOK = r"""async () => {
     await window.MathJax?.startup?.promise;
@@ -91,21 +91,23 @@ def browser():
 
 @pytest.fixture(scope="module")
 def visits(browser) -> list[Visit]:
-    """Every page at both widths, opened once for all tests of this file and made narrower there."""
+    """Every page at both widths, opened once for all tests of this file."""
+    return [visit for width in WIDTHS for visit in tour(browser, width)]
+
+
+def tour(browser, width: str) -> list[Visit]:
     visits = []
-    with browser.new_context(offline=True) as context:
+    x, y = WIDTHS[width]
+    with browser.new_context(viewport={"width": x, "height": y}, offline=True) as context:
         tab = context.new_page()
         tab.on("console", lambda message: visits[-1].errors.append(message.text) if message.type == "error" else None)
         tab.on("pageerror", lambda error: visits[-1].errors.append(str(error)))
         tab.on("requestfailed", lambda request: visits[-1].errors.append(f"not loaded: {request.url}"))
         tab.on("request", lambda request: visits[-1].outside.append(request.url) if is_outside(request.url) else None)
         for page in pages():
-            for width, (x, y) in WIDTHS.items():
-                tab.set_viewport_size({"width": x, "height": y})
-                visits.append(Visit(page, width))
-                if width == "desk":
-                    tab.goto((SITE / page).as_uri())
-                visits[-1].found = tab.evaluate(LOOK)
+            visits.append(Visit(page, width))
+            tab.goto((SITE / page).as_uri())
+            visits[-1].found = tab.evaluate(LOOK)
     return visits
 
 
@@ -270,8 +272,7 @@ def test_titles_are_unique_and_found_first(visits, browser):
 
 def rows_of(page: str) -> list[list[str]]:
     """The cells of all rows of the tables of a page."""
-    soup = parsed(page)
-    return [[cell.get_text(" ", strip=True) for cell in row.find_all("td")] for row in soup.select("main tr") if row.find("td")]
+    return [[cell.get_text(" ", strip=True) for cell in row.find_all("td")] for row in parsed(page).select("main tr") if row.find("td")]
 
 
 def test_front_page_scorecard_planner_and_command_agree():
