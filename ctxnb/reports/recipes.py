@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipe_name', 'read_recipes', 'whole', 'shared_lengths', 'coverage', 'one_model', 'valley', 'plot_recipes',
            'recipe_colours', 'split_by_recipe', 'plot_split', 'cost_by_budget', 'paired_difference', 'cost_with_data',
-           'by_tokens_seen', 'by_step', 'chosen_on_dev', 'plot_sizes', 'memory_gap', 'plot_memory']
+           'by_tokens_seen', 'by_step', 'chosen_on_dev', 'plot_sizes', 'by_epochs', 'memory_gap', 'plot_memory']
 
 # %% ../../nbs/reports/recipes.ipynb #705e76f0
 from collections.abc import Sequence
@@ -374,6 +374,32 @@ def plot_sizes(chosen: pd.DataFrame, counts: pd.DataFrame, unit: str = "token") 
     figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside lower center", ncols=4)
     sns.despine(figure)
     return figure
+
+# %% ../../nbs/reports/recipes.ipynb #rcep1
+def by_epochs(runs: pd.DataFrame, shorter: int, longer: int, lengths: Sequence[int]) -> pd.DataFrame:
+    """Dev loss after each number of epochs that was tried, for each data size and recipe, and what the last doubling changed.
+
+    Args:
+        runs: from `read_recipes`, of one model and learning rate, with the trials of each.
+        shorter: a context length.
+        longer: another, whose cost against `shorter` is asked for.
+        lengths: context lengths over which the mean is taken. A seed without all of them at a number of epochs does not count there.
+
+    Returns:
+        Index `train_tokens`, `dropout`, `weight_decay`, `budget` (epochs); columns `seeds`, `loss` (mean over lengths and seeds), `cost` = L(longer) - L(shorter), and
+        `gain` and `cost_change` against half the epochs in the same seeds, NaN where those were not tried. In nats.
+    """
+    trials = ["trial_candidate", "trial_epochs", "trial_dev_loss"]
+    long = runs[["train_tokens", "seed", "context_length", "candidates", *trials]].explode(trials, ignore_index=True)
+    long[["dropout", "weight_decay"]] = [list(offered[int(i)][:2]) for offered, i in zip(long.candidates, long.trial_candidate)]
+    long["budget"] = long.trial_epochs.astype(float).round().astype(int)
+    recipe = ["train_tokens", "dropout", "weight_decay", "seed"]
+    table = long.assign(loss=long.trial_dev_loss.astype(float)).pivot_table(index=[*recipe, "budget"], columns="context_length", values="loss")[list(lengths)].dropna()
+    each = pd.DataFrame({"loss": table.mean(axis=1), "cost": table[longer] - table[shorter]})
+    half = each.rename(index=lambda budget: 2 * budget, level="budget").reindex(each.index)
+    each = each.assign(gain=half.loss - each.loss, cost_change=each.cost - half.cost)
+    groups = each.groupby([*recipe[:3], "budget"])
+    return groups.mean().assign(seeds=groups.size())
 
 # %% ../../nbs/reports/recipes.ipynb #rcmem
 def memory_gap(runs: pd.DataFrame) -> pd.DataFrame:
