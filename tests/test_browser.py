@@ -3,7 +3,9 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 from xml.etree import ElementTree
@@ -91,14 +93,15 @@ def browser():
 
 @pytest.fixture(scope="module")
 def visits(browser) -> list[Visit]:
-    """Every page at both widths, opened once for all tests of this file."""
-    return [visit for width in WIDTHS for visit in tour(browser, width)]
+    """Every page at both widths, opened once for all tests of this file: a browser for each width, as a browser draws on one core."""
+    with ThreadPoolExecutor(len(WIDTHS)) as pool:
+        return list(chain.from_iterable(pool.map(tour, WIDTHS)))
 
 
-def tour(browser, width: str) -> list[Visit]:
+def tour(width: str) -> list[Visit]:
     visits = []
     x, y = WIDTHS[width]
-    with browser.new_context(viewport={"width": x, "height": y}, offline=True) as context:
+    with chromium() as browser, browser.new_context(viewport={"width": x, "height": y}, offline=True) as context:
         tab = context.new_page()
         tab.on("console", lambda message: visits[-1].errors.append(message.text) if message.type == "error" else None)
         tab.on("pageerror", lambda error: visits[-1].errors.append(str(error)))
