@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['recipe_name', 'read_recipes', 'whole', 'shared_lengths', 'coverage', 'one_model', 'valley', 'plot_recipes',
            'recipe_colours', 'split_by_recipe', 'plot_split', 'cost_by_budget', 'paired_difference', 'cost_with_data',
-           'by_tokens_seen', 'by_step', 'chosen_on_dev', 'plot_sizes', 'by_epochs', 'memory_gap', 'plot_memory']
+           'by_tokens_seen', 'by_step', 'chosen_on_dev', 'plot_sizes', 'by_epochs', 'trained_longer', 'memory_gap',
+           'plot_memory']
 
 # %% ../../nbs/reports/recipes.ipynb #705e76f0
 from collections.abc import Sequence
@@ -400,6 +401,29 @@ def by_epochs(runs: pd.DataFrame, shorter: int, longer: int, lengths: Sequence[i
     each = each.assign(gain=half.loss - each.loss, cost_change=each.cost - half.cost)
     groups = each.groupby([*recipe[:3], "budget"])
     return groups.mean().assign(seeds=groups.size())
+
+# %% ../../nbs/reports/recipes.ipynb #rcep4
+def trained_longer(runs: pd.DataFrame, shorter: int, longer: int) -> pd.DataFrame:
+    """Cost of a long context under one recipe with rising offers of epochs, in the seeds that have them all.
+
+    Args:
+        runs: from `read_recipes`, of one model.
+        shorter: a context length.
+        longer: another, whose cost against `shorter` is asked for.
+
+    Returns:
+        Index `train_tokens`, `recipe_name`; the columns of `split_by_recipe`, `dropout`, `epochs` (the most that were offered) and `loss` (at `shorter`), by rising epochs.
+        Only data sizes and recipes with two or more offers.
+    """
+    ends = runs[runs.context_length.isin((shorter, longer))].assign(epochs=lambda rows: rows.epochs.map(max), dropout=lambda rows: [offered[0][0] for offered in rows.candidates])
+    ends = ends[ends.candidates.map(len) == 1]
+    key = ["train_tokens", "dropout", "seed"]
+    ends = ends[ends.groupby([*key, "epochs"]).context_length.transform("nunique") == 2]
+    offers = ends.groupby(key[:2]).epochs.transform("nunique")
+    ends = ends[(offers > 1) & (ends.groupby(key).epochs.transform("nunique") == offers)]
+    about = ends.groupby(["train_tokens", "recipe_name"]).agg(dropout=("dropout", "first"), epochs=("epochs", "first"))
+    loss = ends[ends.context_length == shorter].groupby(["train_tokens", "recipe_name"]).loss.mean()
+    return split_by_recipe(ends, shorter).join(about).assign(loss=loss).sort_values(["train_tokens", "dropout", "epochs"])
 
 # %% ../../nbs/reports/recipes.ipynb #rcmem
 def memory_gap(runs: pd.DataFrame) -> pd.DataFrame:

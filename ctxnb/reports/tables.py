@@ -62,11 +62,11 @@ OFFER = ["candidates", "epochs"]  # what a run may choose its recipe from
 
 
 def choose_recipes(table: pd.DataFrame, cell: Sequence[str] = KEY["train"]) -> pd.DataFrame:
-    """One run for each cell: where several were offered different recipes, the one with the lowest loss on the dev split.
+    """One run for each cell: of several with different offers, the one with the lowest loss on the dev split. Offers that only some seeds had do not count, unless none is shared.
 
     Args:
         table: training runs, with `OFFER` as lists, `dev_loss`, `chosen_epochs` and `schedule_bound`. Another table is returned as it is.
-        cell: columns that name a cell.
+        cell: columns that name a run but for its offer, with `seed`.
 
     Returns:
         The chosen rows in their order. `candidates` and `epochs` hold all that was offered in the cell; `schedule_bound` says whether the chosen recipe was offered no more epochs;
@@ -82,8 +82,11 @@ def choose_recipes(table: pd.DataFrame, cell: Sequence[str] = KEY["train"]) -> p
     if (twice := offers.duplicated(cell + OFFER)).any():
         values = ", ".join(map(str, offers.loc[twice, cell].iloc[0]))
         raise ValueError(f"more than one run for ({', '.join(cell)}) = ({values}) with the same {' and '.join(OFFER)}: filter the further axis first")
+    seeds = offers.groupby(across := [column for column in cell if column != "seed"])["seed"].transform("nunique")
+    shared = offers.groupby(across + OFFER)["seed"].transform("nunique") == seeds
+    shared |= ~shared.groupby([offers[column] for column in across]).transform("any")
     chosen = []
-    for _, part in table.groupby(cell):
+    for _, part in table[shared].groupby(cell):
         row = part.loc[part.dev_loss.idxmin()].copy()
         alike = part[offers.loc[part.index, "candidates"] == offers.loc[row.name, "candidates"]]
         row["schedule_bound"] = bool(row.schedule_bound) and max(map(max, alike.epochs)) == max(row.epochs)
